@@ -1,0 +1,19 @@
+"""Names of the HTTP headers that clients, gate and nodes exchange."""
+
+REQUEST_ID = "x-request-id"
+"""Accepted from the client when it is 1-128 characters of [A-Za-z0-9._-], else made; echoed, logged, sent to the node."""
+
+IGNORED = "x-llmrack-ignored"
+"""Response: comma-separated names of request fields that were accepted as advice and had no effect."""
+
+REPORT_USAGE = "x-llmrack-report-usage"
+"""Request, gate to node, value "1": end a stream with a usage comment (`wire.sse.usage_comment`) before `[DONE]`."""
+
+NODE = "x-llmrack-node"
+"""Response, gate to client: the node that answered."""
+
+SHOULD_RETRY = "x-should-retry"
+"""Response: "false" once the gate has spent its own retries, so that SDKs do not multiply them."""
+
+PREFIX = "x-llmrack-"
+"""Request headers that begin so are the gate's own: it strips what clients send of them."""

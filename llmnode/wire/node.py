@@ -1,0 +1,184 @@
+"""The report a node gives of itself at `GET /node`, version 1, and the usage of one request.
+
+Unknown fields are ignored and missing ones have defaults, so that gates and nodes one release apart read each other.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any, TypeVar
+
+PROTOCOL = 1
+
+T = TypeVar("T")
+
+
+class State(str, Enum):
+    """Where a node is in its life. Only `ready` takes new work."""
+
+    STARTING = "starting"
+    LOADING = "loading"
+    READY = "ready"
+    DRAINING = "draining"
+    FAILED = "failed"
+
+
+@dataclass(frozen=True)
+class Usage:
+    """What one request cost, in tokens. `cached_tokens` of the prompt were reused and not computed again."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0
+    completion_tokens: int = 0
+
+    def openai(self) -> dict[str, Any]:
+        """The `usage` object of OpenAI's API."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.completion_tokens,
+            "total_tokens": self.prompt_tokens + self.completion_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
+        }
+
+
+@dataclass(frozen=True)
+class Model:
+    """A model that the node serves. `n_ctx` is the most tokens that one request may hold, prompt and answer together."""
+
+    id: str
+    aliases: tuple[str, ...] = ()
+    state: str = "ready"
+    sha256: str = ""
+    n_ctx: int = 0
+    kinds: tuple[str, ...] = ("chat", "completion")
+    modalities: tuple[str, ...] = ("text",)
+    template: str = ""
+
+
+@dataclass(frozen=True)
+class Load:
+    """How busy the engine is now. Rates are moving averages, 0.0 until first measured."""
+
+    slots: int = 0
+    running: int = 0
+    waiting: int = 0
+    kv_cells: int = 0
+    kv_cells_used: int = 0
+    queued_prompt_tokens: int = 0
+    prefill_tps: float = 0.0
+    decode_tps: float = 0.0
+
+
+@dataclass(frozen=True)
+class Device:
+    """One device that the model runs on; sizes in bytes."""
+
+    backend: str
+    name: str
+    uuid: str = ""
+    memory_total_bytes: int = 0
+    memory_used_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Host:
+    """The machine around the node, from psutil. `cpu_percent` is of all cores together, 0 to 100."""
+
+    cpu_count: int = 0
+    cpu_percent: float = 0.0
+    memory_total_bytes: int = 0
+    memory_available_bytes: int = 0
+    process_rss_bytes: int = 0
+
+
+@dataclass(frozen=True)
+class Report:
+    """The body of `GET /node`. `boot` is random for each process; `config` the digest of its configuration file."""
+
+    boot: str
+    release: str
+    config: str
+    state: State
+    why: str = ""
+    progress: float = 0.0
+    models: tuple[Model, ...] = ()
+    load: Load = Load()
+    devices: tuple[Device, ...] = ()
+    host: Host = Host()
+    protocol: int = PROTOCOL
+
+    def json(self) -> dict[str, Any]:
+        return dataclasses.asdict(self)
+
+    @classmethod
+    def parse(cls, body: Any) -> Report:
+        """Read a report from decoded JSON. Raises ValueError that names the field when it is not one."""
+        if not isinstance(body, dict):
+            raise ValueError("a node report must be a JSON object")
+        protocol = body.get("protocol")
+        if not isinstance(protocol, int) or protocol < 1:
+            raise ValueError(f"protocol must be a whole number from 1, got {protocol!r}")
+        try:
+            state = State(body.get("state"))
+        except ValueError:
+            raise ValueError(f"state must be one of {', '.join(s.value for s in State)}") from None
+        top = _fields(cls, body, "")
+        top["state"] = state
+        top["models"] = tuple(Model(**_fields(Model, m, "models.")) for m in _objects(body, "models"))
+        top["devices"] = tuple(Device(**_fields(Device, d, "devices.")) for d in _objects(body, "devices"))
+        top["load"] = Load(**_fields(Load, body.get("load", {}), "load."))
+        top["host"] = Host(**_fields(Host, body.get("host", {}), "host."))
+        for name in ("boot", "release", "config"):
+            top.setdefault(name, "")
+        return cls(**top)
+
+
+def _objects(body: Mapping[str, Any], name: str) -> list[Any]:
+    value = body.get(name, [])
+    if not isinstance(value, list):
+        raise ValueError(f"{name} must be a list")
+    return value
+
+
+def _fields(table: type[Any], body: Any, where: str) -> dict[str, Any]:
+    """The known plain fields of `body`, type-checked against the defaults' types; unknown fields are left out."""
+    if not isinstance(body, dict):
+        raise ValueError(f"{where.rstrip('.') or 'report'} must be an object")
+    out: dict[str, Any] = {}
+    for field in dataclasses.fields(table):
+        kind = str(field.type)
+        if field.name not in body or kind not in _CHECKS:
+            continue
+        value = body[field.name]
+        if not _CHECKS[kind](value):
+            raise ValueError(f"{where}{field.name} must be {_WORDS[kind]}, got {value!r}")
+        out[field.name] = tuple(value) if isinstance(value, list) else value
+    if where.startswith(("models", "devices")):
+        for field in dataclasses.fields(table):
+            if field.default is dataclasses.MISSING and field.name not in out:
+                raise ValueError(f"{where}{field.name} is missing")
+    return out
+
+
+def _is_int(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and value >= 0
+
+
+def _is_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(isinstance(item, str) for item in value)
+
+
+_CHECKS = {"int": _is_int, "float": _is_number, "str": lambda v: isinstance(v, str), "tuple[str, ...]": _is_texts}
+_WORDS = {
+    "int": "a whole number from 0",
+    "float": "a number from 0",
+    "str": "a string",
+    "tuple[str, ...]": "a list of strings",
+}
