@@ -1,0 +1,65 @@
+# The front door. Bare `make` lists the targets.
+
+PYTHON ?= python3
+VENV   := .venv
+BIN    := $(VENV)/bin
+STAMPS := $(VENV)/.installed
+LOCKS  := requirements
+WHEELHOUSE := roles/llmrack_artifacts/files/wheelhouse.py
+LAB    := $(BIN)/python tests/lab/lab.py
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-fast lint format lock bench-node lab-up lab-deploy lab-down clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+demo: $(STAMPS)/run ## two nodes and a gate on this machine; ONCE=1 answers one question and stops
+	@$(BIN)/llmgate demo --model "$${MODEL:-$$($(BIN)/python -m tests.tiny_model)}" $(if $(ONCE),--once) $(if $(QUESTION),--question "$(QUESTION)")
+
+test: $(STAMPS)/all ## every test; as root on Debian or Ubuntu the lab of real systemd hosts too
+	@$(LAB) prepare || true
+	@$(BIN)/python -m pytest
+
+test-fast: $(STAMPS)/all ## every test but the lab's
+	@$(BIN)/python -m pytest -m "not lab"
+
+lint: $(STAMPS)/all ## ruff, mypy, import-linter, ansible-lint, yamllint
+	@$(BIN)/ruff check .
+	@$(BIN)/ruff format --check .
+	@$(BIN)/mypy
+	@$(BIN)/lint-imports
+	@$(BIN)/yamllint --strict .
+	@PATH="$(CURDIR)/$(BIN):$$PATH" ANSIBLE_HOME="$(CURDIR)/.ansible" $(BIN)/ansible-lint --offline --profile production
+
+format: $(STAMPS)/all ## let ruff format the code
+	@$(BIN)/ruff format .
+	@$(BIN)/ruff check --fix .
+
+lock: ## resolve the dependencies anew (needs uv)
+	@$(PYTHON) $(LOCKS)/lock.py
+
+bench-node: $(STAMPS)/all ## tokens/s beside llama-server, built from the pinned source; writes out/bench-node.json
+	@$(BIN)/python -m tests.bench.node $(BENCH)
+
+lab-up: $(STAMPS)/all ## boot three systemd hosts in containers (root)
+	@$(LAB) prepare
+	@$(LAB) up
+
+lab-deploy: $(STAMPS)/all ## deploy llmrack on the lab's hosts, over SSH
+	@$(LAB) deploy
+
+lab-down: $(STAMPS)/all ## remove the lab's hosts
+	@$(LAB) down
+
+clean: ## remove what make made here; the cache of built wheels stays
+	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .ansible
+
+# What it takes to run llmrack; `all` adds what tests, linters and playbooks need.
+$(STAMPS)/run: $(LOCKS)/node.txt $(LOCKS)/gate.txt $(LOCKS)/test.txt $(LOCKS)/llama.txt pyproject.toml $(WHEELHOUSE)
+	@PYTHON="$(PYTHON)" sh $(LOCKS)/install.sh $(VENV) node gate test
+	@mkdir -p $(STAMPS) && touch $@
+
+$(STAMPS)/all: $(STAMPS)/run $(LOCKS)/deploy.txt $(LOCKS)/dev.txt
+	@PYTHON="$(PYTHON)" sh $(LOCKS)/install.sh $(VENV) node gate test deploy dev
+	@mkdir -p $(STAMPS) && touch $@

@@ -1,0 +1,364 @@
+#!/usr/bin/env python3
+"""Builds what llmrack installs from: the llama-cpp-python wheel, once per machine, and whole offline releases.
+
+llama-cpp-python is published as source only and compiles for minutes. So its wheel lives in a cache of its own, which
+outlasts any virtual environment and any checkout:
+
+    ${LLMRACK_CACHE:-~/.cache/llmrack}/
+        sdist/llama_cpp_python-VERSION.tar.gz              the source archive, checked against its locked hash
+        wheels/DISTRIBUTION-ARCHITECTURE-BACKEND-DIGEST/   one wheel; DIGEST covers the version and the build flags
+
+The wheel is tagged `py3-none-linux`, so nothing but this key keeps one that was built against a newer C library from
+being installed on an older system. A release adds every other wheel, the lock files and checksums:
+
+    wheelhouse.py sdist                                      print the path of the source archive
+    wheelhouse.py llama [--backend cpu]                      print the path of the wheel, building it if need be
+    wheelhouse.py release --out DIR [--python 3.11]          fill DIR; print {"name", "path", "changed"} as JSON
+
+Uses the standard library alone: it runs before anything is installed. Progress goes to standard error, results to
+standard output. Exit codes: 0 done; 1 a build or download failed; 2 something is missing, named with its package.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import fcntl
+import hashlib
+import json
+import os
+import platform
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+# The portable build: one plug-in per generation of x86-64, the best one chosen at run time. A wheel built for this
+# machine's processor alone dies with SIGILL on an older one.
+PORTABLE = ["-DGGML_BACKEND_DL=ON", "-DGGML_CPU_ALL_VARIANTS=ON", "-DGGML_NATIVE=OFF", "-DGGML_RPC=ON"]
+BACKENDS = {
+    "cpu": PORTABLE,
+    "cpu-native": ["-DGGML_NATIVE=ON"],
+    "cuda": [*PORTABLE, "-DGGML_CUDA=ON"],
+    "rocm": [*PORTABLE, "-DGGML_HIP=ON"],
+    "vulkan": [*PORTABLE, "-DGGML_VULKAN=ON"],
+}
+TOOLS = {"cuda": ["nvcc"], "rocm": ["hipcc"], "vulkan": ["glslc"]}
+PACKAGES = {
+    "cc": "gcc (Debian, Ubuntu: build-essential; RHEL: gcc)",
+    "c++": "g++ (Debian, Ubuntu: build-essential; RHEL: gcc-c++)",
+    "nvcc": "the CUDA toolkit (Debian, Ubuntu: nvidia-cuda-toolkit)",
+    "hipcc": "the ROCm compiler (hipcc)",
+    "glslc": "the Vulkan shader compiler (Debian, Ubuntu: glslc and libvulkan-dev)",
+}
+STEP = re.compile(r"\[(\d+)/(\d+)\]")
+
+
+class Missing(Exception):
+    """Something that must be on this machine is not."""
+
+
+class Failed(Exception):
+    """A download or a build went wrong."""
+
+
+def main(argv: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
+    commands = parser.add_subparsers(dest="command", required=True)
+    project = Path(__file__).resolve().parents[3]
+    for name, text in (
+        ("sdist", "print the path of llama-cpp-python's source archive"),
+        ("llama", "print the path of llama-cpp-python's wheel, building it once"),
+        ("release", "fill a directory with all that an offline installation needs"),
+    ):
+        command = commands.add_parser(name, help=text, description=text)
+        command.add_argument("--project", type=Path, default=project, help="the llmrack source tree")
+        if name != "sdist":
+            command.add_argument("--backend", choices=sorted(BACKENDS), default="cpu")
+        if name == "llama":
+            command.add_argument("--if-built", action="store_true", help="print nothing and exit 1 if it is not built yet")
+        if name == "release":
+            command.add_argument("--out", type=Path, required=True, help="directory to fill; replaced as a whole")
+            command.add_argument(
+                "--python",
+                default=f"{sys.version_info.major}.{sys.version_info.minor}",
+                help="Python version of the hosts, e.g. 3.11 (default: this one's)",
+            )
+    options = parser.parse_args(argv)
+    try:
+        if options.command == "sdist":
+            print(sdist(options.project))
+        elif options.command == "llama":
+            wheel = _only_wheel(_wheel_folder(options.project, options.backend))
+            if wheel is None and options.if_built:
+                return 1
+            print(wheel or llama(options.project, options.backend))
+        else:
+            print(json.dumps(release(options.project, options.backend, options.python, options.out.resolve())))
+    except Missing as error:
+        print(f"wheelhouse: {error}", file=sys.stderr)
+        return 2
+    except (Failed, OSError) as error:
+        print(f"wheelhouse: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("\nwheelhouse: stopped; nothing half-made was kept", file=sys.stderr)
+        return 130
+    return 0
+
+
+def cache() -> Path:
+    """The cache directory: $LLMRACK_CACHE, else ~/.cache/llmrack."""
+    return Path(os.environ.get("LLMRACK_CACHE") or Path.home() / ".cache" / "llmrack")
+
+
+def platform_key() -> str:
+    """DISTRIBUTION-ARCHITECTURE of this machine, e.g. "debian12-x86_64"."""
+    try:
+        facts = platform.freedesktop_os_release()
+    except OSError:
+        facts = {}
+    return f"{facts.get('ID', 'linux')}{facts.get('VERSION_ID', '')}-{platform.machine()}"
+
+
+def sdist(project: Path) -> Path:
+    """Path of the pinned source archive, downloaded once and checked against requirements/llama.txt."""
+    requirement, sha256 = _pin(project)
+    folder = cache() / "sdist"
+    path = folder / (requirement.replace("-", "_").replace("==", "-") + ".tar.gz")
+    if path.exists():
+        return path
+    with _locked(folder), tempfile.TemporaryDirectory(dir=folder) as temporary:
+        if path.exists():
+            return path
+        _say(f"fetching the source of {requirement} (75 MB)")
+        _run(
+            [*_pip(), "download", "--quiet", "--no-deps", "--no-binary=llama-cpp-python", "--dest", temporary, requirement],
+            "the download of llama-cpp-python's source",
+        )
+        fetched = next(Path(temporary).glob("*.tar.gz"))
+        found = _sha256(fetched)
+        if found != sha256:
+            raise Failed(f"{fetched.name} has SHA-256 {found}, but requirements/llama.txt pins {sha256}")
+        fetched.replace(path)
+    return path
+
+
+def llama(project: Path, backend: str) -> Path:
+    """Path of the llama-cpp-python wheel for this machine and backend, compiled on the first call."""
+    requirement, _ = _pin(project)
+    flags = " ".join(BACKENDS[backend])
+    folder = _wheel_folder(project, backend)
+    if wheel := _only_wheel(folder):
+        return wheel
+    missing = [PACKAGES[tool] for tool in ["cc", "c++", *TOOLS.get(backend, [])] if not shutil.which(tool)]
+    if missing:
+        raise Missing(f"cannot compile llama.cpp for {backend}; missing: {'; '.join(missing)}")
+    source = sdist(project)
+    with _locked(folder.parent), tempfile.TemporaryDirectory(dir=folder.parent) as temporary:
+        if wheel := _only_wheel(folder):
+            return wheel
+        cores = os.cpu_count() or 1
+        _say(
+            f"compiling {requirement} for {backend} on {cores} cores, once for this machine: "
+            f"about {max(2, 15 // cores)} minutes"
+        )
+        built = Path(temporary) / "built"
+        command = [*_pip(), "wheel", "--verbose", "--no-deps", "--wheel-dir", str(built), str(source)]
+        _compile(command, {**os.environ, "CMAKE_ARGS": flags}, folder.parent / f"{folder.name}.log")
+        if _only_wheel(built) is None:
+            raise Failed("the build ended well but left no wheel")
+        built.replace(folder)
+    wheel = _only_wheel(folder)
+    assert wheel is not None
+    return wheel
+
+
+def release(project: Path, backend: str, python: str, out: Path) -> dict[str, object]:
+    """Fill `out` with a release: wheels, lock files, SHA256SUMS, release.json and `release`, which holds its name.
+
+    The name is VERSION-DIGEST; the digest covers llmrack's own source, the locks, the hosts' Python and the
+    llama-cpp-python wheel, so that equal input gives an equal name, and a directory that has it already is left alone.
+    """
+    engine = llama(project, backend)
+    version = _version(project)
+    digest = hashlib.sha256(f"{python} {backend} {platform_key()} {_sha256(engine)}\n".encode())
+    for path in sorted(_sources(project)):
+        digest.update(f"{path.relative_to(project)} {_sha256(path)}\n".encode())
+    name = f"{version}-{digest.hexdigest()[:8]}"
+    marker = out / "release"
+    if marker.exists() and marker.read_text().strip() == name:
+        return {"name": name, "path": str(out), "changed": False}
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out.parent), tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        stage = Path(temporary) / "release"
+        stage.mkdir()
+        _say(f"collecting release {name} for Python {python}")
+        locks = [project / "requirements" / f"{extra}.txt" for extra in ("node", "gate")]
+        for lock in locks:
+            shutil.copy(lock, stage / lock.name)
+            _run(
+                [
+                    *_pip(), "download", "--quiet", "--require-hashes", "--no-deps", "--only-binary=:all:",
+                    "--python-version", python, "--implementation", "cp", *_platforms(),
+                    "--dest", str(stage), "--requirement", str(lock),
+                ],
+                f"the download of {lock.name}'s wheels",
+            )  # fmt: skip
+        _run(
+            [*_pip(), "wheel", "--quiet", "--no-deps", "--wheel-dir", str(stage), str(project)],
+            "the build of llmrack's own wheel",
+        )
+        shutil.copy(engine, stage)
+        facts = {
+            "name": name,
+            "version": version,
+            "platform": platform_key(),
+            "python": python,
+            "backend": backend,
+            "libc": "-".join(platform.libc_ver()),
+        }
+        (stage / "release.json").write_text(json.dumps(facts, indent=2) + "\n")
+        sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(stage.iterdir())]
+        (stage / "SHA256SUMS").write_text("".join(sums))
+        (stage / "release").write_text(name + "\n")
+        if out.exists():
+            out.replace(Path(temporary) / "old")
+        stage.replace(out)
+        out.chmod(0o755)
+    return {"name": name, "path": str(out), "changed": True}
+
+
+def _wheel_folder(project: Path, backend: str) -> Path:
+    requirement, sha256 = _pin(project)
+    digest = hashlib.sha256(f"{requirement} {sha256} {' '.join(BACKENDS[backend])}".encode()).hexdigest()[:12]
+    return cache() / "wheels" / f"{platform_key()}-{backend}-{digest}"
+
+
+def _pin(project: Path) -> tuple[str, str]:
+    """(`llama-cpp-python==X`, SHA-256 of its source archive) from requirements/llama.txt."""
+    path = project / "requirements" / "llama.txt"
+    found = re.search(r"^(llama-cpp-python==\S+) --hash=sha256:([0-9a-f]{64})$", path.read_text(), re.MULTILINE)
+    if not found:
+        raise Failed(f"{path} has no line 'llama-cpp-python==X --hash=sha256:...'")
+    return found[1], found[2]
+
+
+def _version(project: Path) -> str:
+    found = re.search(r'^version = "([^"]+)"$', (project / "pyproject.toml").read_text(), re.MULTILINE)
+    if not found:
+        raise Failed(f"{project / 'pyproject.toml'} has no version")
+    return found[1]
+
+
+def _sources(project: Path) -> Iterator[Path]:
+    for package in ("llmnode", "llmgate"):
+        for path in (project / package).rglob("*"):
+            if path.is_file() and "__pycache__" not in path.parts:
+                yield path
+    yield project / "pyproject.toml"
+    yield from (project / "requirements").glob("*.txt")
+
+
+def _platforms() -> list[str]:
+    """Tags of the binary wheels that this machine's C library can load, newest first."""
+    machine = platform.machine()
+    _, libc = platform.libc_ver()
+    minor = int(libc.split(".")[1]) if libc.startswith("2.") else 17
+    tags = [f"manylinux_2_{n}_{machine}" for n in range(minor, 4, -1)]
+    tags += [f"manylinux2014_{machine}", f"manylinux2010_{machine}", f"manylinux1_{machine}", f"linux_{machine}"]
+    return [word for tag in tags for word in ("--platform", tag)]
+
+
+def _pip() -> list[str]:
+    """A pip that works: this Python's, else one in a virtual environment of our own in the cache."""
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode == 0:
+        return [sys.executable, "-m", "pip", "--disable-pip-version-check"]
+    home = cache() / f"pip-{sys.version_info.major}.{sys.version_info.minor}"
+    if not (home / "bin" / "pip").exists():
+        try:
+            subprocess.run([sys.executable, "-m", "venv", str(home)], check=True, capture_output=True)
+        except subprocess.CalledProcessError:
+            raise Missing("Python's venv module is missing (Debian, Ubuntu: python3-venv)") from None
+    return [str(home / "bin" / "python"), "-m", "pip", "--disable-pip-version-check"]
+
+
+def _compile(command: list[str], env: dict[str, str], log: Path) -> None:
+    """Run the build, showing how far it is; the whole output goes to `log`, its end to the error."""
+    started = shown = time.monotonic()
+    lines: list[str] = []
+    with log.open("w") as out:
+        build = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+        assert build.stdout is not None
+        try:
+            for line in build.stdout:
+                out.write(line)
+                lines = [*lines[-30:], line]
+                step = STEP.search(line)
+                every = 0.5 if sys.stderr.isatty() else 20
+                if step and time.monotonic() - shown >= every:
+                    shown = time.monotonic()
+                    done, total = int(step[1]), int(step[2])
+                    _progress(done, total, shown - started)
+        except BaseException:
+            build.terminate()
+            build.wait()
+            raise
+        if build.wait() != 0:
+            raise Failed(f"llama.cpp did not compile; the whole log is {log}; its end:\n{''.join(lines)}")
+    if sys.stderr.isatty():
+        print(file=sys.stderr)
+    _say(f"compiled in {(time.monotonic() - started) / 60:.1f} minutes")
+
+
+def _progress(done: int, total: int, elapsed_s: float) -> None:
+    left_min = elapsed_s / max(done, 1) * (total - done) / 60
+    text = f"compiling llama.cpp: {done} of {total} files, about {left_min:.0f} min left"
+    if sys.stderr.isatty():
+        print(f"\r{text:<70}", end="", file=sys.stderr, flush=True)
+    else:
+        _say(text)
+
+
+def _run(command: list[str], what: str) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        raise Failed(f"{what} failed:\n{done.stderr.strip()[-3000:]}")
+
+
+@contextlib.contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold a lock on `folder`, so that two builds on one machine become one."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("w") as handle:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say(f"waiting for another build that holds {folder}")
+            fcntl.flock(handle, fcntl.LOCK_EX)
+        yield
+
+
+def _only_wheel(folder: Path) -> Path | None:
+    return next(iter(sorted(folder.glob("*.whl"))), None)
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        digest = hashlib.sha256()
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _say(text: str) -> None:
+    print(f"wheelhouse: {text}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
