@@ -8,6 +8,8 @@ LOCKS  := requirements
 WHEELHOUSE := roles/llmrack_artifacts/files/wheelhouse.py
 LAB    := $(BIN)/python tests/lab/lab.py
 
+export MODEL
+
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-fast lint format lock bench-node lab-up lab-deploy lab-down clean
 
