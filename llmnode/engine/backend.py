@@ -85,7 +85,7 @@ class Backend(Protocol):
     devices: tuple[Device, ...]
 
     def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Ids of `text`, without BOS. With `special`, names of control tokens in it become those tokens. Thread-safe."""
+        """Ids of `text`, without BOS. With `special`, control tokens written out in it count as such. Thread-safe."""
         ...
 
     def decode(self, chunks: Sequence[Chunk]) -> int:
@@ -93,7 +93,7 @@ class Backend(Protocol):
         ...
 
     def logits(self) -> NDArray[np.float32]:
-        """Rows of the last OK decode's wanted chunks, in their order: shape (rows, n_vocab). Valid until the next one."""
+        """Shape (rows, n_vocab): one row for each wanted chunk of the last OK decode. Valid until the next decode."""
         ...
 
     def seq_length(self, seq: int) -> int:

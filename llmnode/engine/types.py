@@ -1,7 +1,7 @@
 """The nouns of the engine. Everything else in this package moves these about.
 
-A request enters as an `Ask`, lives in the engine as a `Sequence` (scheduler.py), and leaves as `Event`s. Asks and events
-are frozen, so that they may cross threads.
+A request enters as an `Ask`, lives in the engine as a `Sequence` (scheduler.py), and leaves as `Event`s. Asks and
+events are frozen, so that they may cross threads.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ class Finish(str, Enum):
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of the answer: whole UTF-8 characters, no part of a stop string. `ids` are the tokens since the last event."""
+    """A piece of the answer: whole UTF-8 characters, no part of a stop string. `ids`: the tokens since the last event."""
 
     text: str
     ids: tuple[int, ...]
@@ -67,7 +67,7 @@ class Text:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer ended well. Times in seconds: `queued` until a slot was free, `prefill` from then to the first token."""
+    """The answer ended well. Seconds: `queued` until a slot was free, `prefill` from then to the first token."""
 
     finish: Finish
     usage: Usage

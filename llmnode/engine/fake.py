@@ -1,0 +1,144 @@
+"""A backend without a model: the logits are a hash of the tokens before them.
+
+Owns: a deterministic answer for each prompt, whatever runs beside it, so that tests can ask for equality where real
+models only promise closeness. Refuses to know: llama.cpp. Shipped: a fleet can be rehearsed on machines that have no
+model.
+"""
+
+from __future__ import annotations
+
+import re
+import time
+from collections.abc import Callable, Sequence
+from hashlib import blake2b
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from llmnode.engine.backend import BAD_BATCH, NO_ROOM, OK, Chunk, Room
+from llmnode.engine.types import ModelInfo
+from llmnode.wire.node import Device
+
+if TYPE_CHECKING:
+    from numpy.typing import NDArray
+
+SPECIALS = ("<|bos|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>", "<|tool|>")
+BOS, END = 256, 257
+TEMPLATE = (
+    "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% endif %}"
+)
+_SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
+
+
+class FakeBackend:
+    """Tokens are the 256 bytes, then SPECIALS. Answers are made of lower-case letters and spaces, unless not `legible`:
+    then any byte comes, also halves of characters.
+
+    step_delay_s: how long each decode takes beside its own work, so that a caller can hold streams open.
+    sleep: how to wait that long.
+    """
+
+    def __init__(
+        self,
+        room: Room,
+        *,
+        step_delay_s: float = 0.0,
+        legible: bool = True,
+        sleep: Callable[[float], None] = time.sleep,
+    ) -> None:
+        self.info = ModelInfo(
+            name="fake",
+            architecture="fake",
+            n_vocab=256 + len(SPECIALS),
+            n_ctx_train=room.n_ctx,
+            n_params=0,
+            size_bytes=0,
+            chat_template=TEMPLATE,
+            bos=SPECIALS[0],
+            eos=SPECIALS[1],
+            add_bos=True,
+        )
+        self.room = room
+        self.pieces: Sequence[bytes] = [bytes([byte]) for byte in range(256)] + [b""] * len(SPECIALS)
+        self.end_tokens = frozenset({END})
+        self.devices: tuple[Device, ...] = ()
+        self._delay, self._sleep = step_delay_s, sleep
+        self._likely = np.full(self.info.n_vocab, 0.0 if not legible else -8.0, np.float32)
+        self._likely[256:] = -20.0
+        self._likely[END] = -1.0 if legible else 0.0
+        if legible:
+            self._likely[list(b" abcdefghijklmnopqrstuvwxyz ")] = 0.0
+        # A cell is the hash of all tokens up to its position. Sharing a prefix shares the very same objects.
+        self._cells: dict[int, list[bytes]] = {}
+        self._holders: dict[int, int] = {}
+        self._rows: list[bytes] = []
+
+    def tokenize(self, text: str, *, special: bool) -> list[int]:
+        if not special:
+            return list(text.encode())
+        ids: list[int] = []
+        for part in _SPLIT.split(text):
+            ids += [256 + SPECIALS.index(part)] if part in SPECIALS else part.encode()
+        return ids
+
+    def decode(self, chunks: Sequence[Chunk]) -> int:
+        if self._delay:
+            self._sleep(self._delay)
+        size = sum(len(chunk.tokens) for chunk in chunks)
+        if not 0 < size <= self.room.n_batch or not all(self._is_good(chunk) for chunk in chunks):
+            return BAD_BATCH
+        if len(self._holders) + size > self.room.kv_cells:
+            return NO_ROOM
+        self._rows = []
+        for chunk in chunks:
+            cells = self._cells.setdefault(chunk.seq, [])
+            state = cells[-1] if cells else b""
+            for token in chunk.tokens:
+                state = blake2b(state + token.to_bytes(4, "little"), digest_size=16).digest()
+                cells.append(state)
+                self._hold(state, +1)
+            if chunk.wanted:
+                self._rows.append(state)
+        return OK
+
+    def logits(self) -> NDArray[np.float32]:
+        rows = np.empty((len(self._rows), self.info.n_vocab), np.float32)
+        for row, state in zip(rows, self._rows, strict=True):
+            dice = np.random.Generator(np.random.PCG64(int.from_bytes(state, "little")))
+            np.add(self._likely, dice.standard_normal(len(row), dtype=np.float32), out=row)
+        return rows
+
+    def seq_length(self, seq: int) -> int:
+        return len(self._cells.get(seq, ()))
+
+    def seq_remove(self, seq: int, start: int = 0) -> bool:
+        cells = self._cells.get(seq, [])
+        for state in cells[start:]:
+            self._hold(state, -1)
+        del cells[start:]
+        return True
+
+    def seq_copy(self, source: int, target: int, length: int) -> None:
+        self._cells[target] = self._cells[source][:length]
+        for state in self._cells[target]:
+            self._hold(state, +1)
+
+    def close(self) -> None:
+        self._cells.clear()
+        self._holders.clear()
+
+    def _is_good(self, chunk: Chunk) -> bool:
+        return (
+            0 <= chunk.seq < self.room.slots
+            and chunk.start == self.seq_length(chunk.seq)
+            and all(0 <= token < self.info.n_vocab for token in chunk.tokens)
+        )
+
+    def _hold(self, cell: bytes, by: int) -> None:
+        """Count the sequences that hold this very cell; it is free again when none does."""
+        holders = self._holders.get(id(cell), 0) + by
+        if holders:
+            self._holders[id(cell)] = holders
+        else:
+            del self._holders[id(cell)]
