@@ -1,0 +1,213 @@
+"""What the handlers share: the state of the node's life, the model once it is there, and the answers under way.
+
+Owns the state machine starting -> loading -> ready -> draining, and failed; every transition is a method here. Lives on
+the event loop's thread. Knows nothing of Sanic and does not load models: the composition root does both.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Executor
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+from llmnode.api.schema import ChatRequest, CompletionRequest, Rules
+from llmnode.api.stream import Mailbox
+from llmnode.chat.template import ChatTemplate
+from llmnode.engine.backend import Backend
+from llmnode.engine.loop import Engine
+from llmnode.engine.types import Ask, Failed, Stats
+from llmnode.metrics import HostProbe, Meter, Metrics
+from llmnode.settings import Settings
+from llmnode.wire.errors import Overloaded
+from llmnode.wire.node import Load, Model, Report, State
+
+
+@dataclass(frozen=True)
+class Served:
+    """A loaded model: the engine that runs it, and what turns requests into its token ids."""
+
+    engine: Engine
+    backend: Backend
+    template: ChatTemplate
+    bos: tuple[int, ...]
+
+    def chat_prompt(self, request: ChatRequest) -> tuple[int, ...]:
+        """Ids of a conversation. May take long (a foreign template, a long text): call it off the event loop."""
+        return self._ids(self.template.render(request.messages))
+
+    def completion_prompt(self, request: CompletionRequest) -> tuple[int, ...]:
+        """Ids of a prompt; those given as ids are used as they are."""
+        return self._ids(request.prompt) if isinstance(request.prompt, str) else request.prompt
+
+    def _ids(self, text: str) -> tuple[int, ...]:
+        """BOS goes in front where the model wants it, unless the template has put it there already."""
+        ids = tuple(self.backend.tokenize(text, special=True))
+        if self.backend.info.add_bos and ids[: len(self.bos)] != self.bos:
+            return self.bos + ids
+        return ids or self.bos
+
+
+class Serving:
+    """One node's life. `boot` is random for each process; `wall` gives seconds since the epoch, `dice` a seed."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        release: str,
+        config: str,
+        executor: Executor,
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+        dice: Callable[[int], int] = secrets.randbelow,
+    ) -> None:
+        self.settings = settings
+        self.clock = clock
+        self.wall = wall
+        self.dice = dice
+        self.boot = secrets.token_hex(8)
+        self.release = release
+        self.config = config
+        self.created = int(wall())
+        self.state = State.STARTING
+        self.why = ""
+        self.progress = 0.0
+        self.served: Served | None = None
+        self.probe = HostProbe(clock=clock)
+        self.metrics = Metrics(self.stats, self.probe, clock)
+        self._executor = executor
+        self._busy = 0
+        self._mailboxes: set[Mailbox] = set()
+
+    # Transitions
+
+    def load(self) -> None:
+        self.state, self.why = State.LOADING, "loading the model"
+
+    def ready(self, served: Served) -> None:
+        """The model is there. A drain that began meanwhile stays a drain."""
+        self.served, self.progress = served, 1.0
+        if self.state is State.LOADING:
+            self.state, self.why = State.READY, ""
+
+    def drain(self) -> None:
+        self.state, self.why = State.DRAINING, "the node is stopping"
+
+    def fail(self, why: str) -> None:
+        """Nothing more will be answered: what is under way ends with an error."""
+        self.state, self.why = State.FAILED, why
+        self.cut(why)
+
+    def cut(self, why: str) -> None:
+        """End every answer under way with an error event."""
+        for mailbox in tuple(self._mailboxes):
+            mailbox.put(Failed(Overloaded(why, code="node_stopping")))
+
+    # What is asked of it
+
+    @property
+    def busy(self) -> int:
+        """Requests that were let in and are not finished."""
+        return self._busy
+
+    @contextmanager
+    def admitted(self) -> Iterator[Served]:
+        """The model, for the time of one request. Raises Overloaded with an honest `Retry-After` when not ready."""
+        if self.state is not State.READY or self.served is None:
+            raise self.not_ready()
+        self._busy += 1
+        try:
+            yield self.served
+        finally:
+            self._busy -= 1
+
+    def not_ready(self) -> Overloaded:
+        return Overloaded(
+            f"the node is {self.state.value}: {self.why or 'not ready yet'}",
+            code=self.state.value,
+            retry_after=5.0 if self.state is State.LOADING else 2.0,
+        )
+
+    @contextmanager
+    def answer(self, served: Served, ask: Ask) -> Iterator[tuple[Mailbox, Meter]]:
+        """Hand an ask to the engine; leaving the block, however that happens, gives its slot back at once."""
+        meter = self.metrics.meter()
+        mailbox = Mailbox(meter.observe)
+        ticket = served.engine.submit(ask, mailbox.put)
+        self._mailboxes.add(mailbox)
+        try:
+            yield mailbox, meter
+        finally:
+            self._mailboxes.discard(mailbox)
+            served.engine.cancel(ticket)
+
+    async def prompt(self, served: Served, request: ChatRequest | CompletionRequest) -> tuple[int, ...]:
+        """Token ids of a request, computed off the event loop."""
+        loop = asyncio.get_running_loop()
+        if isinstance(request, ChatRequest):
+            return await loop.run_in_executor(self._executor, served.chat_prompt, request)
+        return await loop.run_in_executor(self._executor, served.completion_prompt, request)
+
+    def rules(self, served: Served) -> Rules:
+        settings = self.settings
+        return Rules(settings.names, served.backend.info.n_vocab, settings.max_tokens, settings.strict_fields)
+
+    def seed(self) -> int:
+        """A seed for a request that brought none."""
+        return self.dice(2**32 - 1)
+
+    # What it says of itself
+
+    def stats(self) -> Stats | None:
+        return self.served.engine.stats() if self.served else None
+
+    def trouble(self) -> str:
+        """Why the node can no longer do its work, "" while it can: /health and systemd's watchdog ask this."""
+        if self.state is State.FAILED:
+            return self.why
+        stats = self.stats()
+        if stats is None or stats.step_deadline is None:
+            return ""
+        late = self.clock() - stats.step_deadline
+        return f"the engine's step is {late:.1f} s past the time it should have taken" if late > 0 else ""
+
+    def report(self) -> Report:
+        """The body of /node."""
+        stats, served = self.stats(), self.served
+        return Report(
+            boot=self.boot,
+            release=self.release,
+            config=self.config,
+            state=self.state,
+            why=self.why or self.trouble(),
+            progress=round(self.progress, 2),
+            models=(self._model(served),),
+            load=stats.load if stats else Load(slots=self.settings.slots),
+            devices=served.backend.devices if served else (),
+            host=self.probe.read(),
+        )
+
+    def _model(self, served: Served | None) -> Model:
+        state = "ready" if self.state is State.DRAINING else self.state.value
+        return Model(
+            id=self.settings.served_id,
+            aliases=self.settings.aliases,
+            state=state,
+            n_ctx=served.backend.room.n_ctx if served else self.settings.n_ctx,
+            template="default" if served and served.template.is_default else "model" if served else "",
+        )
+
+    def status_line(self) -> str:
+        """One line for systemd and the log: `ready: 2 running, 0 waiting, 31.4 tokens/s`."""
+        if self.state is State.LOADING:
+            return f"loading: {self.progress:.0%}"
+        stats = self.stats()
+        if stats is None:
+            return f"{self.state.value}: {self.why}" if self.why else self.state.value
+        load = stats.load
+        rate = load.decode_tps if load.running else 0.0
+        return f"{self.state.value}: {load.running} running, {load.waiting} waiting, {rate:.1f} tokens/s"

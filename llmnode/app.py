@@ -1,0 +1,354 @@
+"""The composition root: settings -> engine -> routes, and the life of the process around them.
+
+The only place that wires things together. The order at start: routes, listening socket, then the model in a thread of
+its own, so that /health answers while it loads and /ready when it is there. SIGTERM drains; a second signal stops at
+once. What ends the process gives it the exit code of `Exit`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import socket
+import threading
+import uuid
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from enum import IntEnum
+from pathlib import Path
+from string import ascii_letters, digits
+from types import SimpleNamespace
+from typing import Any
+
+from sanic import Request, Sanic
+from sanic.config import Config
+from sanic.response import BaseHTTPResponse
+
+from llmnode.api import node, openai
+from llmnode.api.errors import CLIENT_LEFT, Errors
+from llmnode.api.fleet_token import FleetToken
+from llmnode.api.serving import Served, Serving
+from llmnode.chat.template import ChatTemplate, TemplateError
+from llmnode.engine.backend import Backend, FatalEngineError, ModelLoadError, Room
+from llmnode.engine.fake import FakeBackend
+from llmnode.engine.loop import Engine, Limits
+from llmnode.engine.types import Event, Sink
+from llmnode.service.notify import Notifier
+from llmnode.service.release import release
+from llmnode.service.settings import Loaded
+from llmnode.settings import Settings
+from llmnode.wire import headers
+from llmnode.wire.node import State
+
+log = logging.getLogger("llmnode")
+access = logging.getLogger("llmnode.access")
+
+OPEN_PATHS = frozenset({"/health", "/ready", "/metrics"})
+"""What anybody may ask; the rest wants the fleet token where there is one."""
+
+QUIET_PATHS = OPEN_PATHS | {"/node"}
+"""Polled every second: logged at debug level."""
+
+FAKE_CONTEXT = 4096
+_REQUEST_ID_CHARACTERS = frozenset(ascii_letters + digits + "._-")
+_STATUS_EVERY_S = 5.0
+_LOAD_EXTENSION_S = 120.0
+_LAST_WORDS_S = 2.0
+"""After the drain's end, for the error events to reach their clients."""
+
+
+class Exit(IntEnum):
+    """Why the process ends, for systemd and people."""
+
+    OK = 0
+    CONFIGURATION = 2
+    MODEL = 3
+    PORT = 4
+    ENGINE = 5
+
+
+def run(loaded: Loaded[Settings], sock: socket.socket, token: FleetToken | None, template: str | None) -> Exit:
+    """Serve on a bound socket until a signal or a fatal error; returns the exit code.
+
+    `template` is the text of chat_template_file, None to use the model's own.
+    """
+    settings = loaded.values
+    executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prompt")
+    serving = Serving(settings, release=release(), config=loaded.digest, executor=executor)
+    app = _app(serving, token)
+    life = Life(app, serving, Notifier(), template)
+    app.after_server_start(life.begin)
+    app.run(
+        sock=sock,
+        single_process=True,
+        register_sys_signals=False,
+        motd=False,
+        access_log=False,
+        debug=False,
+    )
+    executor.shutdown(wait=False, cancel_futures=True)
+    return life.exit
+
+
+def load_backend(settings: Settings, progress: Any) -> Backend:
+    """The backend that the settings ask for. `progress` is called with 0..1. Raises ModelLoadError."""
+    if settings.backend == "fake":
+        n_ctx = settings.n_ctx or FAKE_CONTEXT
+        cells = settings.kv_cells or settings.slots * n_ctx
+        room = Room(slots=settings.slots, n_ctx=n_ctx, kv_cells=cells, n_batch=settings.n_batch)
+        return FakeBackend(room, step_delay_s=settings.fake_step_delay_s)
+    raise ModelLoadError("no llama yet")
+
+
+class NodeApp(Sanic[Config, SimpleNamespace]):
+    """Sanic with one access line and one count for each request, written when its last byte has gone."""
+
+    async def handle_request(self, request: Request) -> None:
+        serving: Serving = self.ctx.serving
+        began = serving.clock()
+        request.ctx.meter = None
+        request.ctx.request_id = _request_id(request.headers.get(headers.REQUEST_ID))
+        request.ctx.status = CLIENT_LEFT  # until there is an answer
+        try:
+            await super().handle_request(request)
+        except asyncio.CancelledError:
+            request.ctx.status = CLIENT_LEFT
+            raise
+        finally:
+            _account(serving, request, serving.clock() - began)
+
+
+def _app(serving: Serving, token: FleetToken | None) -> NodeApp:
+    settings = serving.settings
+    app = NodeApp("llmnode", configure_logging=False, error_handler=Errors(settings.body_limit_bytes))
+    app.ctx.serving = serving
+    # Longer than any deadline, or Sanic would answer for us; it also ends a stream that nobody reads any more.
+    app.config.RESPONSE_TIMEOUT = int(settings.request_timeout_s) + 30
+    app.config.REQUEST_MAX_SIZE = settings.body_limit_bytes
+    app.config.KEEP_ALIVE_TIMEOUT = 75
+    # Our own drain comes first; what is left for Sanic is to close connections.
+    app.config.GRACEFUL_SHUTDOWN_TIMEOUT = 1.0
+    app.config.AUTO_EXTEND = False
+    app.config.FALLBACK_ERROR_FORMAT = "json"
+    for name in ("sanic.root", "sanic.server", "sanic.error", "sanic.access"):
+        logging.getLogger(name).setLevel(logging.WARNING)
+
+    @app.on_request
+    async def ask_for_token(request: Request) -> None:
+        if token is not None and request.path not in OPEN_PATHS:
+            token.check(request.headers.get("authorization"))
+
+    @app.on_response  # type: ignore[untyped-decorator]
+    async def echo_request_id(request: Request, response: BaseHTTPResponse) -> None:
+        request.ctx.status = response.status
+        response.headers[headers.REQUEST_ID] = getattr(request.ctx, "request_id", "-")
+
+    app.blueprint(node.blueprint(serving))
+    app.blueprint(openai.blueprint(serving))
+    return app
+
+
+class Life:
+    """The process from its first to its last moment: loading, watchdog, status lines, signals, drain."""
+
+    def __init__(self, app: NodeApp, serving: Serving, notifier: Notifier, template: str | None) -> None:
+        self.exit = Exit.OK
+        self._app = app
+        self._serving = serving
+        self._notifier = notifier
+        self._template = template
+        self._stopping: asyncio.Task[None] | None = None
+        self._tasks: list[asyncio.Task[None]] = []
+
+    async def begin(self, _: NodeApp) -> None:
+        """Called when the socket listens: take over the signals and start loading."""
+        loop = asyncio.get_running_loop()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, self._on_signal, number)
+        self._serving.load()
+        settings = self._serving.settings
+        log.info("%s listens on %s port %d", settings.name, settings.host, settings.port)
+        self._tasks.append(loop.create_task(self._tell_systemd()))
+        if self._notifier.watchdog_interval_s:
+            self._tasks.append(loop.create_task(self._feed_watchdog(self._notifier.watchdog_interval_s)))
+        threading.Thread(target=self._load, args=(loop,), name="load", daemon=True).start()
+
+    # Loading, on its own thread
+
+    def _load(self, loop: asyncio.AbstractEventLoop) -> None:
+        def progress(share: float) -> None:
+            self._serving.progress = share
+
+        def deliver(events: Sequence[tuple[Sink, Event]]) -> None:
+            _call(loop, _hand_out, events)
+
+        def on_fatal(error: FatalEngineError) -> None:
+            _call(loop, self._fail, Exit.ENGINE, str(error))
+
+        settings = self._serving.settings
+        try:
+            backend = load_backend(settings, progress)
+            info = backend.info
+            source = info.chat_template if self._template is None else self._template
+            template = ChatTemplate(source, bos=info.bos, eos=info.eos)
+            bos = tuple(backend.tokenize(info.bos, special=True)) if info.bos else ()
+            engine = Engine(backend, Limits(queue_limit=settings.queue_limit), deliver=deliver, on_fatal=on_fatal)
+            engine.start()
+        except (ModelLoadError, TemplateError) as error:
+            _call(loop, self._fail, Exit.MODEL, str(error))
+        except Exception as error:
+            log.exception("loading failed")
+            _call(loop, self._fail, Exit.MODEL, f"loading failed: {error}")
+        else:
+            _call(loop, self._loaded, Served(engine, backend, template, bos))
+
+    def _loaded(self, served: Served) -> None:
+        self._serving.ready(served)
+        if self._serving.state is not State.READY:
+            return
+        room = served.backend.room
+        if served.template.is_default:
+            log.warning("the model brings no chat template: using ChatML; set chat_template_file for another")
+        log.info(
+            "ready: model %s, %d slots, %d tokens a request, %d cells",
+            self._serving.settings.served_id,
+            room.slots,
+            room.n_ctx,
+            room.kv_cells,
+        )
+        self._notifier.ready(self._serving.status_line())
+
+    def _fail(self, code: Exit, why: str) -> None:
+        """The process cannot go on: say why, let clients hear of it, leave."""
+        log.error("%s", why)
+        self.exit = code
+        self._serving.fail(why)
+        self._notifier.stopping(f"failed: {why}")
+        if self._stopping is None:
+            self._stopping = asyncio.ensure_future(self._leave(0.0))
+
+    # The end
+
+    def _on_signal(self, number: signal.Signals) -> None:
+        if self._stopping is not None:
+            log.warning("%s again: stopping at once", number.name)
+            os._exit(self.exit)
+        log.info("%s: draining %d requests for up to %g s", number.name, self._serving.busy, self._drain_seconds)
+        self._serving.drain()
+        self._notifier.stopping(self._serving.status_line())
+        self._stopping = asyncio.ensure_future(self._leave(self._drain_seconds))
+
+    @property
+    def _drain_seconds(self) -> float:
+        return self._serving.settings.drain_seconds
+
+    async def _leave(self, patience_s: float) -> None:
+        if not await self._idle_within(patience_s):
+            log.warning("%d requests are cut off", self._serving.busy)
+            self._serving.cut("the node is stopping, and the time for running answers is over")
+            await self._idle_within(_LAST_WORDS_S)
+        for task in self._tasks:
+            task.cancel()
+        log.info("stopped")
+        self._app.stop(terminate=False)
+
+    async def _idle_within(self, patience_s: float) -> bool:
+        """Wait until no request is under way, at most so long; says whether it came to that."""
+        end = self._serving.clock() + patience_s
+        while self._serving.busy:
+            if self._serving.clock() >= end:
+                return False
+            self._notifier.status(self._serving.status_line())
+            await asyncio.sleep(0.05)
+        return True
+
+    # systemd
+
+    async def _tell_systemd(self) -> None:
+        """Status lines while serving, and more time to start for as long as loading makes progress."""
+        told, progress = "", -1.0
+        while True:
+            serving = self._serving
+            if serving.state is State.LOADING and serving.progress > progress:
+                progress = serving.progress
+                self._notifier.extend_timeout(_LOAD_EXTENSION_S)
+            line = serving.status_line()
+            if line != told:
+                told = line
+                self._notifier.status(line)
+            await asyncio.sleep(_STATUS_EVERY_S)
+
+    async def _feed_watchdog(self, every_s: float) -> None:
+        """Only a node that can still do its work feeds the watchdog; systemd ends the others."""
+        while True:
+            trouble = self._serving.trouble()
+            if trouble:
+                log.error("the watchdog is not fed: %s", trouble)
+            else:
+                self._notifier.watchdog()
+            await asyncio.sleep(every_s)
+
+
+def bind(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises OSError: the caller says which host and port."""
+    family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+    sock = socket.socket(family, kind, protocol)
+    try:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.bind(address)
+        sock.listen(1024)
+    except OSError:
+        sock.close()
+        raise
+    return sock
+
+
+def _call(loop: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> None:
+    """Call on the loop's thread; the loop may be closed already when the process ends."""
+    try:
+        loop.call_soon_threadsafe(function, *arguments)
+    except RuntimeError:
+        pass
+
+
+def _hand_out(events: Sequence[tuple[Sink, Event]]) -> None:
+    for sink, event in events:
+        sink(event)
+
+
+def _request_id(given: str | None) -> str:
+    if given and len(given) <= 128 and _REQUEST_ID_CHARACTERS.issuperset(given):
+        return given
+    return f"req-{uuid.uuid4().hex}"
+
+
+def _account(serving: Serving, request: Request, seconds: float) -> None:
+    """Count the request and write its line. Unknown paths share one label, so that nobody can grow the registry."""
+    route = request.route.path if request.route else "unknown"
+    route = "/" + route.lstrip("/") if request.route else route
+    serving.metrics.requests.labels(route, str(request.ctx.status)).inc()
+    serving.metrics.request_seconds.labels(route).observe(seconds)
+    fields: dict[str, Any] = {
+        "request_id": request.ctx.request_id,
+        "method": request.method,
+        "path": request.path,
+        "status": request.ctx.status,
+        "ms": round(seconds * 1000, 1),
+    }
+    meter = request.ctx.meter
+    if meter is not None:
+        if meter.first_token_s is not None:
+            fields["first_token_ms"] = round(meter.first_token_s * 1000, 1)
+        if meter.usage is not None:
+            fields["prompt_tokens"] = meter.usage.prompt_tokens
+            fields["cached_tokens"] = meter.usage.cached_tokens
+            fields["completion_tokens"] = meter.usage.completion_tokens
+    level = logging.DEBUG if request.path in QUIET_PATHS else logging.INFO
+    access.log(level, "request", extra={"fields": fields})
+
+
+def read_template(path: Path | None) -> str | None:
+    """The text of chat_template_file. Raises OSError or UnicodeDecodeError."""
+    return None if path is None else path.read_text(encoding="utf-8")

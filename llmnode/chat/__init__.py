@@ -1,0 +1,1 @@
+"""Conversations as text: messages to a prompt. Knows nothing of HTTP, tokens or the engine."""

@@ -1,0 +1,104 @@
+"""The command line: serve, check, settings. Errors are one line on standard error and an exit code of `app.Exit`."""
+
+from __future__ import annotations
+
+import argparse
+import errno
+import logging
+import os
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from llmnode import app
+from llmnode.api.fleet_token import FleetToken, FleetTokenError
+from llmnode.chat.template import ChatTemplate, TemplateError
+from llmnode.service import logs
+from llmnode.service.release import release
+from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown
+from llmnode.settings import PREFIX, Settings, read
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code."""
+    asked = _parser().parse_args(arguments)
+    if asked.command == "settings" and asked.markdown:
+        print(markdown(Settings, PREFIX))
+        return app.Exit.OK
+    try:
+        loaded = read(vars(asked))
+        token = _token(loaded.values)
+        template = _template(loaded.values)
+    except SettingError as error:
+        return _complain(error, app.Exit.CONFIGURATION)
+    if asked.command == "settings":
+        print(listing(loaded, PREFIX))
+        return app.Exit.OK
+    return _serve(loaded, token, template)
+
+
+def _serve(loaded: Loaded[Settings], token: FleetToken | None, template: str | None) -> int:
+    settings = loaded.values
+    try:
+        sock = app.bind(settings.host, settings.port)
+    except OSError as error:
+        reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
+        return _complain(f"cannot listen on port {settings.port} of {settings.host}: {reason}", app.Exit.PORT)
+    logs.setup(settings.log_level, settings.log_format)
+    try:
+        code = app.run(loaded, sock, token, template)
+    except KeyboardInterrupt:
+        code = app.Exit.OK
+    return _leave(code)
+
+
+def _leave(code: int) -> NoReturn:
+    """End the process without waiting for threads: one inside llama.cpp or a template cannot be told to stop."""
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(code)
+
+
+def _token(settings: Settings) -> FleetToken | None:
+    if settings.fleet_token_file is None:
+        return None
+    try:
+        return FleetToken(settings.fleet_token_file)
+    except FleetTokenError as error:
+        raise SettingError(str(error)) from error
+
+
+def _template(settings: Settings) -> str | None:
+    path = settings.chat_template_file
+    try:
+        source = app.read_template(path)
+        if source is not None:
+            ChatTemplate(source)
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not UTF-8 text"
+        raise SettingError(f"cannot read chat_template_file {path}: {reason}") from error
+    except TemplateError as error:
+        raise SettingError(f"chat_template_file {path}: {error}") from error
+    return source
+
+
+def _complain(problem: object, code: app.Exit) -> app.Exit:
+    print(f"llmnode: {problem}", file=sys.stderr)
+    return code
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="llmnode", description="Serve one model over HTTP.", allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"llmnode {release()}")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, help in (
+        ("serve", "serve the model until a signal"),
+        ("check", "say whether the configuration and the model can be served, without serving"),
+        ("settings", "show every setting, its value and where it came from"),
+    ):
+        command = commands.add_parser(name, help=help, description=help.capitalize() + ".", allow_abbrev=False)
+        add_flags(command, Settings)
+        if name == "settings":
+            command.add_argument("--markdown", action="store_true", help="the table for the docs, with defaults only")
+    return parser

@@ -1,0 +1,98 @@
+"""What an operator can set of a node: one table for flags, environment (LLMNODE_...) and the TOML file.
+
+Says which combinations make no sense; does not know how any of it is carried out.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmnode.service.settings import Loaded, SettingError, load, setting
+
+PREFIX = "LLMNODE_"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """The settings of one instance of llmnode, which serves one model."""
+
+    name: str = setting("llmnode", "name of this instance in logs and status lines")
+    host: str = setting("127.0.0.1", "address to listen on; one beyond loopback needs fleet_token_file")
+    port: int = setting(8100, "TCP port to listen on", minimum=1, maximum=65535)
+    fleet_token_file: Path | None = setting(
+        None, "file with the secret that gates and nodes share: one or two lines, each a valid token; re-read on change"
+    )
+    backend: str = setting("llama", "what computes the tokens; fake needs no model", choices=("llama", "fake"))
+    model: Path | None = setting(None, "the GGUF file to serve")
+    model_id: str = setting("", "name that clients use for the model; empty: the file's name without .gguf")
+    aliases: tuple[str, ...] = setting((), "other names that clients may use for it")
+    chat_template_file: Path | None = setting(None, "Jinja chat template to use in place of the model's own")
+    n_ctx: int = setting(
+        0, "tokens that one request may hold; 0: what the model was trained for, 4096 at most", unit="tokens", minimum=0
+    )
+    slots: int = setting(4, "requests that are answered at the same time", minimum=1, maximum=256)
+    kv_cells: int = setting(0, "tokens in the cache for all slots together; 0: slots x n_ctx", unit="tokens", minimum=0)
+    n_batch: int = setting(512, "tokens computed in one step at most", unit="tokens", minimum=1)
+    threads: int = setting(0, "CPU threads; 0: one for each physical core", minimum=0, maximum=1024)
+    n_gpu_layers: int = setting(
+        -1, "layers to keep on GPUs; -1: all when there is a GPU backend, none on a CPU host", minimum=-1
+    )
+    tensor_split: tuple[float, ...] = setting((), "share of the model for each device, in the order of devices")
+    devices: tuple[str, ...] = setting((), "UUIDs of the GPUs to use; empty: all there are")
+    flash_attn: str = setting("auto", "flash attention", choices=("auto", "on", "off"))
+    fake_step_delay_s: float = setting(
+        0.0, "how long the fake backend takes for each step, to rehearse a slow model", unit="seconds", minimum=0
+    )
+    queue_limit: int = setting(64, "requests that may wait for a slot; over it clients get 503", minimum=0)
+    max_tokens: int = setting(0, "tokens that one answer may have; 0: up to the context", unit="tokens", minimum=0)
+    request_timeout_s: float = setting(600.0, "time for one request", unit="seconds", minimum=1)
+    drain_seconds: float = setting(60.0, "time that running answers get after SIGTERM", unit="seconds", minimum=0)
+    body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)
+    strict_fields: bool = setting(
+        False, "refuse request fields that have no effect, where they are otherwise named only"
+    )
+    log_level: str = setting(
+        "info", "least severe message that is logged", choices=("debug", "info", "warning", "error")
+    )
+    log_format: str = setting("text", "log lines for people or for machines", choices=("text", "json"))
+
+    @property
+    def served_id(self) -> str:
+        """The name under which clients find the model."""
+        if self.model_id:
+            return self.model_id
+        return self.model.stem if self.model else self.backend
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        return (self.served_id, *self.aliases)
+
+
+def read(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Loaded[Settings]:
+    """Load the table and check it as a whole. Raises SettingError."""
+    loaded = load(Settings, flags=flags, environ=environ, prefix=PREFIX)
+    _check(loaded.values)
+    return loaded
+
+
+def _check(settings: Settings) -> None:
+    if settings.backend == "llama" and settings.model is None:
+        raise SettingError("model must name a GGUF file (or set backend to fake, which needs none)")
+    if settings.fleet_token_file is None and not _is_loopback(settings.host):
+        raise SettingError(f"fleet_token_file must be set, since other machines can reach host {settings.host}")
+    if settings.kv_cells and settings.n_ctx and settings.kv_cells < settings.n_ctx:
+        raise SettingError(f"kv_cells ({settings.kv_cells}) must not be below n_ctx ({settings.n_ctx})")
+    if settings.tensor_split and settings.devices and len(settings.tensor_split) != len(settings.devices):
+        raise SettingError(
+            f"tensor_split has {len(settings.tensor_split)} shares and devices has {len(settings.devices)} entries"
+        )
+
+
+def _is_loopback(host: str) -> bool:
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
