@@ -51,9 +51,14 @@ class Program:
         self.log = log
         self.command = [sys.executable, "-m", module, *arguments]
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("LLMNODE_", "LLMGATE_", "NOTIFY_SOCKET"))}
+        clean.update(env or {})
         with log.open("ab") as out:
             self.process = subprocess.Popen(
-                self.command, stdout=out, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env={**clean, **(env or {})}
+                self.command,
+                stdout=out,
+                stderr=subprocess.STDOUT,
+                stdin=subprocess.DEVNULL,
+                env=clean,
             )
 
     @property
