@@ -59,7 +59,7 @@ class Finish(str, Enum):
 
 @dataclass(frozen=True)
 class Text:
-    """A piece of the answer: whole UTF-8 characters, no part of a stop string. `ids`: the tokens since the last event."""
+    """A piece of the answer: whole UTF-8 characters, no part of a stop string. `ids`: tokens since the last event."""
 
     text: str
     ids: tuple[int, ...]
