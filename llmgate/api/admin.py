@@ -1,0 +1,116 @@
+"""What operators and playbooks ask: the nodes as the gate sees them, and drain leases. Wants an admin key."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import json
+from collections.abc import Callable
+from datetime import datetime, timezone
+from typing import Any
+
+from sanic import Blueprint, HTTPResponse, Request
+from sanic.response import json as json_response
+
+from llmgate.api.door import Door
+from llmgate.core import keys, leases
+from llmgate.core.fleet import Lease, Node, View
+from llmgate.ledger import Ledger
+from llmnode.wire.errors import InvalidRequest, NotFound
+
+
+def blueprint(
+    *,
+    door: Door,
+    view: View,
+    ledger: Ledger,
+    clock: Callable[[], float],
+    wall: Callable[[], float],
+    stale_after_s: float,
+) -> Blueprint:
+    routes = Blueprint("admin", url_prefix="/admin")
+    # Two drains decided at once could each count on the other's node.
+    one_at_a_time = asyncio.Lock()
+
+    def shown(node: Node) -> dict[str, Any]:
+        return describe(node, now=clock(), wall=wall(), stale_after_s=stale_after_s)
+
+    def named(name: str) -> Node:
+        node = view.fleet.nodes.get(name)
+        if node is None:
+            have = ", ".join(sorted(view.fleet.nodes))
+            raise NotFound(f"there is no node {name!r}; nodes: {have}", param="name", code="node_not_found")
+        return node
+
+    async def nodes(request: Request) -> HTTPResponse:
+        keys.require_admin(door.who(request))
+        return json_response({"nodes": [shown(node) for node in view.fleet.nodes.values()]})
+
+    async def one(request: Request, name: str) -> HTTPResponse:
+        keys.require_admin(door.who(request))
+        return json_response(shown(named(name)))
+
+    async def drain(request: Request, name: str) -> HTTPResponse:
+        keys.require_admin(door.who(request))
+        ask = leases.parse_drain(_object(request.body))
+        async with one_at_a_time:
+            node = named(name)
+            lease = leases.take(view.fleet, node, ask, now=clock(), wall=wall(), stale_after=stale_after_s)
+            await ledger.put_lease(lease)
+        return json_response(describe_lease(lease, wall()))
+
+    async def undrain(request: Request, name: str) -> HTTPResponse:
+        keys.require_admin(door.who(request))
+        force = request.args.get("force") == "true"
+        async with one_at_a_time:
+            node = named(name)
+            leases.require_release(node, request.args.get("owner"), force=force)
+            released = node.lease is not None
+            await ledger.drop_lease(name)
+        return json_response({"node": name, "released": released})
+
+    routes.add_route(nodes, "/nodes", methods=["GET"])
+    routes.add_route(one, "/nodes/<name:str>", methods=["GET"])
+    routes.add_route(drain, "/nodes/<name:str>/drain", methods=["POST"])
+    routes.add_route(undrain, "/nodes/<name:str>/drain", methods=["DELETE"])
+    return routes
+
+
+def describe(node: Node, *, now: float, wall: float, stale_after_s: float) -> dict[str, Any]:
+    """A node as /admin/nodes shows it. `state` is the node's own; `usable` also counts drain leases."""
+    standing = node.standing(now, stale_after_s)
+    report = node.report
+    return {
+        "name": node.name,
+        "url": node.url,
+        "state": standing.state,
+        "why": standing.why,
+        "usable": standing.usable,
+        "in_flight": node.in_flight,
+        "lease": describe_lease(node.lease, wall) if node.lease else None,
+        "boot": report.boot if report else "",
+        "release": report.release if report else "",
+        "config": report.config if report else "",
+        "models": [dataclasses.asdict(model) for model in report.models] if report else [],
+        "load": dataclasses.asdict(report.load) if report else None,
+        "seen_seconds_ago": None if node.seen is None else round(now - node.seen, 3),
+    }
+
+
+def describe_lease(lease: Lease, wall: float) -> dict[str, Any]:
+    """A lease as the admin API shows it: seconds left and the end in ISO 8601, both null for a cordon."""
+    end = lease.expires
+    return {
+        "node": lease.node,
+        "owner": lease.owner,
+        "reason": lease.reason,
+        "ttl_seconds": None if end is None else round(max(0.0, end - wall), 3),
+        "expires_at": None if end is None else datetime.fromtimestamp(end, timezone.utc).isoformat(timespec="seconds"),
+    }
+
+
+def _object(body: bytes) -> Any:
+    try:
+        return json.loads(body)
+    except (ValueError, RecursionError) as error:
+        raise InvalidRequest("the request body is not valid JSON", code="invalid_json") from error

@@ -1,0 +1,71 @@
+"""The door: whether the gate takes work, under which id a request goes, and whose it is."""
+
+from __future__ import annotations
+
+import asyncio
+import re
+import uuid
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from sanic import Request
+
+from llmgate.core import keys
+from llmgate.core.keys import Key, Keyring
+from llmnode.wire import headers as names
+from llmnode.wire.errors import Overloaded
+
+_ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
+_COME_BACK_S = 2.0
+
+
+class Door:
+    """Lets requests in. `active` counts those inside.
+
+    draining: set once; no more come in.   closed: set once; those still inside are being cut.
+    """
+
+    def __init__(self, keyring: Callable[[], Keyring], *, require_keys: bool) -> None:
+        self._keyring = keyring
+        self._require_keys = require_keys
+        self.draining = False
+        self.closed = False
+        self.active = 0
+        self._empty = asyncio.Event()
+        self._empty.set()
+
+    def who(self, request: Request) -> Key:
+        """The key that a request shows. Raises Unauthorized."""
+        secret = keys.presented(request.headers.get("authorization"), request.headers.get("x-api-key"))
+        if secret is None and not self._require_keys:
+            return keys.ANONYMOUS
+        return self._keyring().find(secret)
+
+    @contextmanager
+    def inside(self) -> Iterator[None]:
+        """Hold the gate open for one request. Raises Overloaded while the gate drains."""
+        if self.draining:
+            raise Overloaded("this gate is shutting down", retry_after=_COME_BACK_S, code="draining")
+        self.active += 1
+        self._empty.clear()
+        try:
+            yield
+        finally:
+            self.active -= 1
+            if not self.active:
+                self._empty.set()
+
+    async def empty(self) -> None:
+        """Wait until nobody is inside."""
+        await self._empty.wait()
+
+
+def request_id(request: Request) -> str:
+    """The client's `x-request-id` when it is one, else a new one; the same for the whole request."""
+    known = getattr(request.ctx, "request_id", None)
+    if isinstance(known, str):
+        return known
+    sent = request.headers.get(names.REQUEST_ID) or ""
+    made = sent if _ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}"
+    request.ctx.request_id = made
+    return made

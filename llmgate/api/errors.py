@@ -1,0 +1,63 @@
+"""Every error leaves the gate in one shape, whoever raised it, and every answer carries its request id."""
+
+from __future__ import annotations
+
+import logging
+from typing import Any
+
+from sanic import HTTPResponse, Request, Sanic
+from sanic.exceptions import SanicException
+from sanic.response import BaseHTTPResponse, json
+
+from llmgate.api.door import request_id
+from llmnode.wire import headers as names
+from llmnode.wire.errors import ApiError, BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, Overloaded
+
+log = logging.getLogger("llmgate.api")
+
+
+def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
+    """Give the app its error handlers and the request id header."""
+
+    async def known(request: Request, error: ApiError) -> HTTPResponse:
+        return response(request, error)
+
+    async def framework(request: Request, error: SanicException) -> HTTPResponse:
+        return response(request, translate(error, request, body_limit_bytes))
+
+    async def unknown(request: Request, error: Exception) -> HTTPResponse:
+        log.exception("request %s failed", request_id(request), exc_info=error)
+        return response(request, ApiError("the gate failed to handle this request; its log has the reason"))
+
+    async def stamp(request: Request, answer: BaseHTTPResponse) -> HTTPResponse | None:
+        answer.headers.setdefault(names.REQUEST_ID, request_id(request))
+        return None
+
+    app.error_handler.add(ApiError, known)
+    app.error_handler.add(SanicException, framework)
+    app.error_handler.add(Exception, unknown)
+    app.register_middleware(stamp, "response")
+
+
+def response(request: Request, error: ApiError) -> HTTPResponse:
+    """The answer for an error. `request.ctx.spent` says that the gate has used its own retries up."""
+    headers = error.headers() | {names.REQUEST_ID: request_id(request)}
+    if getattr(request.ctx, "spent", False):
+        headers[names.SHOULD_RETRY] = "false"
+    return json(error.body(), status=error.status, headers=headers)
+
+
+def translate(error: SanicException, request: Request, body_limit_bytes: int) -> ApiError:
+    """A framework's exception in the wire's words."""
+    status = error.status_code
+    if status == 404:
+        return NotFound(f"there is no {request.method} {request.path} here")
+    if status == 405:
+        return MethodNotAllowed(f"{request.path} does not take {request.method}")
+    if status == 413:
+        return BodyTooLarge(f"the request body is larger than {body_limit_bytes} bytes")
+    if status == 503:
+        return Overloaded("the gate did not answer in time")
+    if 400 <= status < 500:
+        return InvalidRequest(str(error) or "the request is not valid HTTP", code="bad_request")
+    return ApiError("the gate failed to handle this request")

@@ -1,0 +1,319 @@
+"""The command line of the gate.
+
+    llmgate serve | check | settings | nodes | keys create|list|revoke | demo
+
+Exit codes: 0 done; 1 the answer is no (`nodes`: one is not ready; `keys`: no such key, or the name is taken);
+2 bad configuration or arguments; 4 the port is in use. Messages go to standard error, one line, without a traceback;
+results go to standard output.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import secrets
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timezone
+from pathlib import Path
+
+from sanic.server.loop import try_use_uvloop
+
+from llmgate import settings as configuration
+from llmgate.app import Gate, PortInUse, listen
+from llmgate.core import keys
+from llmgate.core.fleet import Address, Fleet, Listed, Lost, Node, Reported
+from llmgate.ledger import KeyTaken, Store, StoreError
+from llmgate.relay import Relay
+from llmgate.settings import PREFIX, Settings
+from llmnode.service import logs
+from llmnode.service.notify import Notifier
+from llmnode.service.release import release
+from llmnode.service.settings import Loaded, SettingError, add_flags, listing
+from llmnode.wire.node import Report
+
+OK, NO, BAD, PORT_IN_USE = 0, 1, 2, 4
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code."""
+    options = _parser().parse_args(arguments)
+    command: Callable[[argparse.Namespace], int] = options.command
+    try:
+        return command(options)
+    except (SettingError, StoreError) as error:
+        return _say(BAD, str(error))
+    except PortInUse as error:
+        return _say(PORT_IN_USE, str(error))
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="llmgate", description="The door of an llmrack fleet: one OpenAI-compatible address in front of all nodes."
+    )
+    parser.add_argument("--version", action="version", version=f"llmgate {release()}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        sub = commands.add_parser(name, help=text, description=text)
+        sub.set_defaults(command=run)
+        return sub
+
+    add_flags(add("serve", _serve, "Serve until SIGTERM or Ctrl-C."), Settings)
+    add_flags(
+        add("check", _check, "Say whether the settings, the nodes file and the fleet token can be used."), Settings
+    )
+    add_flags(add("settings", _settings, "Print every setting, its value and where it came from."), Settings)
+    add_flags(
+        add(
+            "nodes",
+            _nodes,
+            "Ask each node of the nodes file for its report and print a table. Asks the nodes themselves, so it needs "
+            "no running gate and shows no drain leases (GET /admin/nodes does). Exit code 1 unless all are ready.",
+        ),
+        Settings,
+    )
+    _add_keys(add("keys", _keys_help, "Create, list and revoke API keys."))
+    return parser
+
+
+def _add_keys(parser: argparse.ArgumentParser) -> None:
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+    create = commands.add_parser(
+        "create",
+        help="make a key",
+        description="Make a key. Its secret is printed on standard output, once, unless it comes from a file; only its "
+        "hash is kept. A running gate takes it within a second or two.",
+    )
+    create.add_argument("name", help="who uses it; live keys have different names")
+    create.add_argument("--admin", action="store_true", help="may use the admin API")
+    create.add_argument("--models", default="", metavar="A,B", help="models it may use (default: all)")
+    create.add_argument(
+        "--from-file",
+        type=Path,
+        metavar="PATH",
+        help=f"take the secret from a file ({keys.MIN_SECRET} characters or more)",
+    )
+    create.add_argument(
+        "--if-absent",
+        action="store_true",
+        help='with a live key of that name (and secret) already there, bring its rights up to date, print "unchanged" '
+        'or "updated" and exit 0',
+    )
+    create.set_defaults(command=_keys_create)
+    show = commands.add_parser("list", help="list all keys, without their secrets")
+    show.add_argument("--json", action="store_true", help="print JSON")
+    show.set_defaults(command=_keys_list)
+    revoke = commands.add_parser("revoke", help="end a key; a running gate refuses it within a second or two")
+    revoke.add_argument("name")
+    revoke.set_defaults(command=_keys_revoke)
+    for sub in (create, show, revoke):
+        sub.add_argument("--config", metavar="FILE", help="the gate's TOML file")
+        sub.add_argument("--state-dir", metavar="DIR", help="folder with llmgate.db")
+
+
+def _serve(options: argparse.Namespace) -> int:
+    settings = _load(options).values
+    logs.setup(settings.log_level, settings.log_format)
+    token = configuration.read_fleet_token(settings)
+    addresses = configuration.read_nodes(settings)
+    configuration.state_dir(settings)
+    sock = listen(settings)
+    try_use_uvloop()
+
+    async def run() -> None:
+        await Gate(settings, token, addresses, Notifier()).serve(sock)
+
+    asyncio.run(run())
+    return OK
+
+
+def _check(options: argparse.Namespace) -> int:
+    settings = _load(options).values
+    token = configuration.read_fleet_token(settings)
+    addresses = configuration.read_nodes(settings)
+    folder = configuration.state_dir(settings)
+    _require_writable(folder)
+    print(f"settings are good: {len(addresses)} nodes, fleet token {'set' if token else 'not set'}, state in {folder}")
+    return OK
+
+
+def _settings(options: argparse.Namespace) -> int:
+    print(listing(_load(options), PREFIX))
+    return OK
+
+
+def _nodes(options: argparse.Namespace) -> int:
+    settings = _load(options).values
+    logs.setup("warning")
+    token = configuration.read_fleet_token(settings)
+    fleet = asyncio.run(_ask_all(settings, token, configuration.read_nodes(settings)))
+    rows: list[tuple[str, ...]] = [("NODE", "STATE", "BUSY", "MODELS", "RELEASE", "URL", "")]
+    rows += [_row(node) for node in fleet.nodes.values()]
+    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
+    for row in rows:
+        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    ready = all(node.standing(0.0, settings.stale_after_s).usable for node in fleet.nodes.values())
+    return OK if ready else NO
+
+
+async def _ask_all(settings: Settings, token: str, addresses: tuple[Address, ...]) -> Fleet:
+    """One poll of every node at once, as the fleet it shows; time stands still at 0."""
+    relay = Relay(
+        token,
+        time.monotonic,
+        connect_timeout_s=settings.connect_timeout_s,
+        stall_timeout_s=settings.stall_timeout_s,
+        request_timeout_s=settings.request_timeout_s,
+    )
+
+    async def ask(address: Address) -> Reported | Lost:
+        try:
+            status, _, body = await relay.fetch(address.url + "/node", timeout_s=settings.stale_after_s)
+            if status != 200:
+                return Lost(address.name, f"GET /node answered {status}")
+            return Reported(address.name, Report.parse(json.loads(body)), 0.0)
+        except (OSError, ValueError) as error:
+            return Lost(address.name, str(error))
+
+    try:
+        events = await asyncio.gather(*map(ask, addresses))
+    finally:
+        await relay.close()
+    fleet = Fleet().apply(Listed(addresses))
+    for event in events:
+        fleet = fleet.apply(event)
+    return fleet
+
+
+def _row(node: Node) -> tuple[str, ...]:
+    standing = node.standing(0.0, float("inf"))
+    report = node.report
+    if report is None:
+        return (node.name, standing.state, "-", "-", "-", node.url, standing.why)
+    models = ",".join(model.id for model in report.models) or "-"
+    return (node.name, standing.state, f"{node.busy}/{node.slots}", models, report.release, node.url, standing.why)
+
+
+def _keys_help(options: argparse.Namespace) -> int:
+    raise AssertionError("argparse asks for a command below keys")
+
+
+def _keys_create(options: argparse.Namespace) -> int:
+    models = tuple(sorted({m.strip() for m in options.models.split(",") if m.strip()}))
+    try:
+        name = keys.check_name(options.name)
+        secret = (
+            _secret_from(options.from_file)
+            if options.from_file
+            else keys.make_secret(secrets.token_bytes(keys.SECRET_BYTES))
+        )
+    except ValueError as error:
+        return _say(BAD, str(error))
+    store = _open_store(options)
+    try:
+        return _create(store, options, keys.Key(name, keys.digest(secret), options.admin, models, time.time()), secret)
+    finally:
+        store.close()
+
+
+def _create(store: Store, options: argparse.Namespace, key: keys.Key, secret: str) -> int:
+    held = next((k for k in store.all_keys() if k.name == key.name and k.revoked is None), None)
+    same = held is not None and (options.from_file is None or held.digest == key.digest)
+    if held and options.if_absent and same:
+        if (held.admin, held.models) == (key.admin, key.models):
+            print("unchanged")
+            return OK
+        store.set_rights(key.name, admin=key.admin, models=key.models)
+        print("updated")
+        return OK
+    try:
+        store.add_key(key)
+    except KeyTaken as error:
+        return _say(NO, f"cannot create the key {key.name}: {error}; revoke it first, or choose another")
+    print("created" if options.from_file else secret)
+    return OK
+
+
+def _keys_list(options: argparse.Namespace) -> int:
+    store = _open_store(options)
+    try:
+        held = store.all_keys()
+    finally:
+        store.close()
+    if options.json:
+        print(json.dumps([_key_json(key) for key in held], indent=2))
+        return OK
+    for key in held:
+        state = "revoked" if key.revoked else "live"
+        rights = "admin" if key.admin else "user"
+        print(f"{key.name:<24} {state:<8} {rights:<6} {_day(key.created)}  {','.join(key.models) or 'all models'}")
+    return OK
+
+
+def _keys_revoke(options: argparse.Namespace) -> int:
+    store = _open_store(options)
+    try:
+        done = store.revoke_key(options.name, time.time())
+    finally:
+        store.close()
+    if not done:
+        return _say(NO, f"there is no live key named {options.name!r}")
+    print("revoked")
+    return OK
+
+
+def _key_json(key: keys.Key) -> dict[str, object]:
+    return {
+        "name": key.name,
+        "admin": key.admin,
+        "models": list(key.models),
+        "created": _day(key.created),
+        "revoked": _day(key.revoked) if key.revoked else None,
+    }
+
+
+def _day(seconds: float) -> str:
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
+
+
+def _secret_from(path: Path) -> str:
+    try:
+        return keys.check_secret(path.read_text(encoding="utf-8").strip())
+    except OSError as error:
+        raise ValueError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise ValueError(f"{path} is not text") from None
+
+
+def _open_store(options: argparse.Namespace) -> Store:
+    folder = configuration.state_dir(_load(options).values)
+    _become_owner(folder)
+    return Store(folder)
+
+
+def _become_owner(folder: Path) -> None:
+    """As root, act as the folder's owner, or the gate could not write to files that were made here."""
+    if os.geteuid() == 0 and folder.exists() and folder.stat().st_uid != 0:
+        owner = folder.stat()
+        os.setegid(owner.st_gid)
+        os.seteuid(owner.st_uid)
+
+
+def _require_writable(folder: Path) -> None:
+    """Raise SettingError unless the folder, or the nearest parent that exists, can be written."""
+    nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
+    if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
+        raise SettingError(f"state_dir {folder} cannot be written")
+
+
+def _load(options: argparse.Namespace) -> Loaded[Settings]:
+    return configuration.read({k: v for k, v in vars(options).items() if v is None or isinstance(v, str)})
+
+
+def _say(code: int, message: str) -> int:
+    print(f"llmgate: {message}", file=sys.stderr)
+    return code

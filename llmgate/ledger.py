@@ -1,0 +1,279 @@
+"""What the gate writes down: keys and drain leases in SQLite, and one line a request in the request log.
+
+`Store` is the database (`state_dir/llmgate.db`, WAL), used from one thread. `Ledger` keeps in memory what the hot path
+needs of it and runs the store on a thread of its own, so that the event loop never waits for a disk. `RequestLog`
+writes lines the same way. Prompts, answers and secrets are never written; a key is kept as its digest.
+
+Another process (`llmgate keys`, a second gate) may change the database at any time: `PRAGMA data_version` says so in
+microseconds, and is asked about once a second.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import queue
+import sqlite3
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+from llmgate.core.fleet import Lease
+from llmgate.core.keys import Key, Keyring
+
+T = TypeVar("T")
+log = logging.getLogger("llmgate.ledger")
+
+FILE = "llmgate.db"
+_SCHEMA_VERSION = 1
+_BUSY_MS = 5000
+_SCHEMA = """
+CREATE TABLE IF NOT EXISTS keys (
+    id INTEGER PRIMARY KEY,
+    name TEXT NOT NULL,
+    digest TEXT NOT NULL,
+    admin INTEGER NOT NULL,
+    models TEXT NOT NULL,
+    created REAL NOT NULL,
+    revoked REAL
+);
+CREATE UNIQUE INDEX IF NOT EXISTS live_name ON keys (name) WHERE revoked IS NULL;
+CREATE UNIQUE INDEX IF NOT EXISTS live_digest ON keys (digest) WHERE revoked IS NULL;
+CREATE TABLE IF NOT EXISTS leases (
+    node TEXT PRIMARY KEY,
+    owner TEXT NOT NULL,
+    reason TEXT NOT NULL,
+    taken REAL NOT NULL,
+    expires REAL
+);
+"""
+
+
+class StoreError(Exception):
+    """The database cannot be opened or used; the message names the file."""
+
+
+class KeyTaken(Exception):
+    """A live key of that name, or with that secret, exists already."""
+
+
+@dataclass(frozen=True)
+class Contents:
+    """All that the gate keeps in memory of the database."""
+
+    keys: tuple[Key, ...]
+    leases: tuple[Lease, ...]
+
+
+class Store:
+    """The database. Every method is one transaction. Use it from the thread that made it."""
+
+    def __init__(self, folder: Path) -> None:
+        """Open or make `folder/llmgate.db`, readable by its owner alone. Raises StoreError."""
+        path = folder / FILE
+        try:
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            # SQLite gives its -wal and -shm files the mode of the database.
+            os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+            self._db = sqlite3.connect(path, timeout=_BUSY_MS / 1000, isolation_level=None)
+            self._db.execute("PRAGMA journal_mode=WAL")
+            self._db.execute("PRAGMA synchronous=FULL")
+            self._migrate(path)
+        except OSError as error:
+            raise StoreError(f"cannot open {path}: {error.strerror}") from error
+        except sqlite3.Error as error:
+            raise StoreError(f"cannot use the database {path}: {error}") from error
+
+    def close(self) -> None:
+        self._db.close()
+
+    def version(self) -> int:
+        """A number that changes when another connection has written to the database."""
+        row = self._db.execute("PRAGMA data_version").fetchone()
+        return int(row[0])
+
+    def contents(self) -> Contents:
+        leases = self._db.execute("SELECT node, owner, reason, taken, expires FROM leases ORDER BY node").fetchall()
+        return Contents(tuple(self.all_keys()), tuple(Lease(*row) for row in leases))
+
+    def all_keys(self) -> list[Key]:
+        """All keys, revoked ones too, oldest first."""
+        rows = self._db.execute("SELECT name, digest, admin, models, created, revoked FROM keys ORDER BY id").fetchall()
+        return [Key(n, d, bool(a), tuple(json.loads(m)), c, r) for n, d, a, m, c, r in rows]
+
+    def add_key(self, key: Key) -> None:
+        """Raises KeyTaken."""
+        try:
+            self._db.execute(
+                "INSERT INTO keys (name, digest, admin, models, created) VALUES (?, ?, ?, ?, ?)",
+                (key.name, key.digest, key.admin, json.dumps(key.models), key.created),
+            )
+        except sqlite3.IntegrityError as error:
+            what = "of that name" if "keys.name" in str(error) else "with that secret"
+            raise KeyTaken(f"a live key {what} exists already") from error
+
+    def set_rights(self, name: str, *, admin: bool, models: Sequence[str]) -> None:
+        """Change what a live key may do."""
+        self._db.execute(
+            "UPDATE keys SET admin = ?, models = ? WHERE name = ? AND revoked IS NULL",
+            (admin, json.dumps(tuple(models)), name),
+        )
+
+    def revoke_key(self, name: str, when: float) -> bool:
+        """Whether there was a live key of that name."""
+        done = self._db.execute("UPDATE keys SET revoked = ? WHERE name = ? AND revoked IS NULL", (when, name))
+        return done.rowcount > 0
+
+    def put_lease(self, lease: Lease) -> None:
+        self._db.execute(
+            "INSERT OR REPLACE INTO leases (node, owner, reason, taken, expires) VALUES (?, ?, ?, ?, ?)",
+            (lease.node, lease.owner, lease.reason, lease.taken, lease.expires),
+        )
+
+    def drop_lease(self, node: str) -> None:
+        self._db.execute("DELETE FROM leases WHERE node = ?", (node,))
+
+    def drop_expired(self, wall: float) -> None:
+        self._db.execute("DELETE FROM leases WHERE expires <= ?", (wall,))
+
+    def _migrate(self, path: Path) -> None:
+        found = self._db.execute("PRAGMA user_version").fetchone()[0]
+        if found > _SCHEMA_VERSION:
+            raise StoreError(f"{path} was made by a newer llmgate (schema {found}, this one knows {_SCHEMA_VERSION})")
+        self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={_SCHEMA_VERSION};COMMIT;")
+
+
+class Ledger:
+    """The store on its own thread, and its contents in memory.
+
+    `keyring` is what the hot path reads; `on_change` is called on the event loop with the contents after each change,
+    whoever made it.
+    """
+
+    def __init__(self, folder: Path, on_change: Callable[[Contents], None]) -> None:
+        self.keyring = Keyring()
+        self._folder = folder
+        self._on_change = on_change
+        self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
+        self._store: Store | None = None
+        self._version = -1
+
+    async def open(self) -> None:
+        """Raises StoreError."""
+        self._store = await self._run(lambda: Store(self._folder))
+        await self.refresh()
+
+    async def close(self) -> None:
+        if self._store:
+            await self._run(self._store.close)
+        self._thread.shutdown()
+
+    async def refresh(self) -> None:
+        """Read the database again if another process has written to it."""
+        contents = await self._run(self._changed)
+        if contents:
+            self._take(contents)
+
+    async def put_lease(self, lease: Lease) -> None:
+        await self._write(lambda store: store.put_lease(lease))
+
+    async def drop_lease(self, node: str) -> None:
+        await self._write(lambda store: store.drop_lease(node))
+
+    async def drop_expired(self, wall: float) -> None:
+        await self._write(lambda store: store.drop_expired(wall))
+
+    async def _write(self, change: Callable[[Store], None]) -> None:
+        def work() -> Contents:
+            store = self._opened()
+            change(store)
+            return store.contents()
+
+        self._take(await self._run(work))
+
+    def _changed(self) -> Contents | None:
+        store = self._opened()
+        version = store.version()
+        if version == self._version:
+            return None
+        self._version = version
+        return store.contents()
+
+    def _take(self, contents: Contents) -> None:
+        self.keyring = Keyring(contents.keys)
+        self._on_change(contents)
+
+    def _opened(self) -> Store:
+        if self._store is None:
+            raise StoreError("the ledger is not open")
+        return self._store
+
+    async def _run(self, work: Callable[[], T]) -> T:
+        try:
+            return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        except sqlite3.Error as error:
+            raise StoreError(f"the database {self._folder / FILE} cannot be used: {error}") from error
+
+
+class RequestLog:
+    """Appends one JSON line a request to a file, or to standard output, from a thread of its own.
+
+    The file is opened anew for each batch, so that it may be rotated by renaming it. When it cannot be written, lines
+    are dropped and counted, and the log says so once; requests go on.
+    """
+
+    def __init__(self, target: str, limit: int = 10_000) -> None:
+        """`target` is a path or "-". At most `limit` lines wait to be written."""
+        self._target = target
+        self._lines: queue.Queue[str | None] = queue.Queue(limit)
+        self.dropped = 0
+        self._failing = False
+        self._thread = threading.Thread(target=self._work, name="request-log", daemon=True)
+        self._thread.start()
+
+    def write(self, line: Mapping[str, Any]) -> None:
+        """Queue a line; never blocks."""
+        try:
+            self._lines.put_nowait(json.dumps(line, ensure_ascii=False, separators=(",", ":")))
+        except queue.Full:
+            self.dropped += 1
+
+    def close(self) -> None:
+        """Write what is queued and stop."""
+        self._lines.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        while True:
+            batch = [self._lines.get()]
+            while batch[-1] is not None and not self._lines.empty():
+                batch.append(self._lines.get())
+            lines = [line for line in batch if line is not None]
+            if lines:
+                self._append("".join(line + "\n" for line in lines), len(lines))
+            if batch[-1] is None:
+                return
+
+    def _append(self, text: str, count: int) -> None:
+        try:
+            if self._target == "-":
+                sys.stdout.write(text)
+                sys.stdout.flush()
+            else:
+                with Path(self._target).open("a", encoding="utf-8") as out:
+                    out.write(text)
+        except OSError as error:
+            self.dropped += count
+            if not self._failing:
+                log.error("cannot write the request log %s: %s; requests go on unlogged", self._target, error.strerror)
+            self._failing = True
+            return
+        if self._failing:
+            log.warning("the request log can be written again; %d lines were lost", self.dropped)
+        self._failing = False

@@ -1,0 +1,77 @@
+"""What the gate counts, in a Prometheus registry of its own (base units, bounded labels).
+
+Label values come from configuration and from nodes, never from clients: a model that nobody serves is counted as
+"unknown", so that nobody can make series without end.
+"""
+
+from __future__ import annotations
+
+from collections import Counter as Tally
+from collections.abc import Callable, Iterator
+
+from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client.core import GaugeMetricFamily, Metric
+
+from llmgate.core.fleet import Fleet
+
+# From a warm prefix on a GPU to a long prompt on a CPU.
+_TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100)
+_DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
+UNKNOWN = "unknown"
+
+
+class Metrics:
+    """Counters and histograms, fed by the API layer; fleet gauges are read from the snapshot at each scrape."""
+
+    def __init__(self, fleet: Callable[[], Fleet], clock: Callable[[], float], stale_after_s: float) -> None:
+        self.registry = CollectorRegistry()
+        self.requests = Counter("llmgate_requests", "Requests answered", ["model", "status"], registry=self.registry)
+        self.tokens = Counter(
+            "llmgate_tokens", "Tokens of answered requests", ["model", "kind"], registry=self.registry
+        )
+        self.attempts = Counter(
+            "llmgate_upstream_attempts", "Attempts at nodes", ["node", "outcome"], registry=self.registry
+        )
+        self.first_token = Histogram(
+            "llmgate_time_to_first_token_seconds",
+            "From the request's arrival to its first content",
+            ["model"],
+            buckets=_TTFT_BUCKETS,
+            registry=self.registry,
+        )
+        self.duration = Histogram(
+            "llmgate_request_duration_seconds",
+            "From the request's arrival to its last byte",
+            ["model"],
+            buckets=_DURATION_BUCKETS,
+            registry=self.registry,
+        )
+        self.registry.register(_FleetGauges(fleet, clock, stale_after_s))
+
+    def text(self) -> bytes:
+        """The scrape, in Prometheus' text format."""
+        return generate_latest(self.registry)
+
+
+class _FleetGauges:
+    def __init__(self, fleet: Callable[[], Fleet], clock: Callable[[], float], stale_after_s: float) -> None:
+        self._fleet, self._clock, self._stale_after_s = fleet, clock, stale_after_s
+
+    def describe(self) -> list[Metric]:
+        """Nothing to check against: the registry would otherwise collect once to find out."""
+        return []
+
+    def collect(self) -> Iterator[Metric]:
+        fleet, now = self._fleet(), self._clock()
+        states = Tally(node.standing(now, self._stale_after_s).state for node in fleet.nodes.values())
+        nodes = GaugeMetricFamily("llmgate_nodes", "Nodes by state as this gate sees them", labels=["state"])
+        for state, count in sorted(states.items()):
+            nodes.add_metric([state], count)
+        yield nodes
+        usable = GaugeMetricFamily("llmgate_node_usable", "1 when the node takes new work", labels=["node"])
+        in_flight = GaugeMetricFamily("llmgate_in_flight", "Requests of this gate at a node now", labels=["node"])
+        for node in fleet.nodes.values():
+            usable.add_metric([node.name], float(node.standing(now, self._stale_after_s).usable))
+            in_flight.add_metric([node.name], node.in_flight)
+        yield usable
+        yield in_flight

@@ -1,0 +1,112 @@
+"""Asks every node for its report, about once a second, and tells the fleet what came.
+
+One task a node, so that a node that does not answer delays nobody else. Says each change of standing once in the log.
+Knows no HTTP library: it is given a `fetch`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import Callable
+from typing import Protocol
+
+from llmgate.core.fleet import Event, Fleet, Lost, Node, Reported
+from llmnode.wire.node import Report
+
+log = logging.getLogger("llmgate.prober")
+
+
+class Fetch(Protocol):
+    """GET a URL with the fleet token -> (status, ETag or "", body). Raises OSError whose text is the reason."""
+
+    async def __call__(self, url: str, *, etag: str, timeout_s: float) -> tuple[int, str, bytes]: ...
+
+
+class Prober:
+    """Keeps one polling task for each listed node."""
+
+    def __init__(
+        self,
+        fleet: Callable[[], Fleet],
+        publish: Callable[[Event], None],
+        fetch: Fetch,
+        clock: Callable[[], float],
+        *,
+        interval_s: float,
+        stale_after_s: float,
+    ) -> None:
+        self._fleet, self._publish, self._fetch, self._clock = fleet, publish, fetch, clock
+        self._interval_s, self._stale_after_s = interval_s, stale_after_s
+        self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
+        self._etags: dict[str, str] = {}
+        self._said: dict[str, tuple[str, bool]] = {}
+
+    def follow(self) -> None:
+        """Poll the nodes that are listed now: start what is new, end what is gone. Needs a running loop."""
+        wanted = {(node.name, node.url) for node in self._fleet().nodes.values()}
+        for key in [key for key in self._tasks if key not in wanted]:
+            self._tasks.pop(key).cancel()
+            self._etags.pop(key[0], None)
+            self._said.pop(key[0], None)
+        for name, url in sorted(wanted - set(self._tasks)):
+            self._tasks[name, url] = asyncio.create_task(self._poll_forever(name), name=f"poll {name}")
+
+    async def stop(self) -> None:
+        tasks = list(self._tasks.values())
+        self._tasks.clear()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    async def first_round(self, patience_s: float) -> None:
+        """Wait until every listed node has answered or failed once, or the time is up."""
+        end = self._clock() + patience_s
+        while self._clock() < end:
+            if all(node.report or node.lost for node in self._fleet().nodes.values()):
+                return
+            await asyncio.sleep(0.01)
+
+    async def _poll_forever(self, name: str) -> None:
+        while True:
+            started = self._clock()
+            node = self._fleet().nodes.get(name)
+            if node is not None:
+                self._publish(await self._poll(node))
+                self._say(name)
+            await asyncio.sleep(max(0.0, started + self._interval_s - self._clock()))
+
+    async def _poll(self, node: Node) -> Event:
+        """One poll, as the event to publish."""
+        known = self._etags.get(node.name, "") if node.report else ""
+        try:
+            status, etag, body = await self._fetch(node.url + "/node", etag=known, timeout_s=self._stale_after_s)
+        except OSError as error:
+            return Lost(node.name, str(error))
+        if status == 304 and known:
+            return Reported(node.name, None, self._clock())
+        if status == 401:
+            return Lost(node.name, "it refuses our fleet token (401)")
+        if status != 200:
+            return Lost(node.name, f"GET /node answered {status}")
+        try:
+            report = Report.parse(json.loads(body))
+        except (ValueError, RecursionError) as error:
+            return Lost(node.name, f"GET /node gave no report: {error}")
+        self._etags[node.name] = etag
+        return Reported(node.name, report, self._clock())
+
+    def _say(self, name: str) -> None:
+        """Log a node's standing when it has changed."""
+        node = self._fleet().nodes.get(name)
+        if node is None:
+            return
+        standing = node.standing(self._clock(), self._stale_after_s)
+        if self._said.get(name) == (standing.state, standing.usable):
+            return
+        self._said[name] = (standing.state, standing.usable)
+        if standing.usable:
+            log.info("node %s is up: ready at %s", name, node.url)
+        else:
+            log.warning("node %s takes no work: %s (%s)", name, standing.state, standing.why)

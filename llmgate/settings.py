@@ -1,0 +1,106 @@
+"""The gate's settings: one table for flags, environment (LLMGATE_*), TOML file, help and docs; and the files they name.
+
+Reads the fleet token and the nodes file, since both are configuration; knows nothing of what they are used for.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmgate.core.fleet import Address, parse_nodes
+from llmnode.service.settings import Loaded, SettingError, load, setting
+
+PREFIX = "LLMGATE_"
+_MIN_TOKEN = 24
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one gate process runs. Paths are read when it starts; the nodes file also when it changes."""
+
+    host: str = setting("127.0.0.1", "address to listen on")
+    port: int = setting(8000, "port to listen on", minimum=1, maximum=65535)
+    nodes_file: Path | None = setting(None, "TOML file with the [[nodes]]; re-read when it changes and on SIGHUP")
+    state_dir: Path | None = setting(None, "folder for llmgate.db (keys, drain leases); made when it is missing")
+    fleet_token_file: Path | None = setting(
+        None, "file whose first line is the secret shown to nodes; without it, none is shown"
+    )
+    poll_interval_s: float = setting(1.0, "how often each node is asked for its report", unit="seconds", minimum=0.05)
+    stale_after_s: float = setting(
+        3.0, "a node whose last report is older takes no new work", unit="seconds", minimum=0.1
+    )
+    connect_timeout_s: float = setting(3.0, "time to connect to a node", unit="seconds", minimum=0.05)
+    stall_timeout_s: float = setting(
+        30.0,
+        "a stream with no byte from its node for so long is given up; nodes send a keepalive every 10 s",
+        unit="seconds",
+        minimum=0.1,
+    )
+    request_timeout_s: float = setting(
+        600.0, "time for one request, all its attempts together", unit="seconds", minimum=0.1
+    )
+    tries: int = setting(3, "nodes to try for one request", minimum=1, maximum=100)
+    drain_seconds: float = setting(60.0, "on SIGTERM, how long running requests may go on", unit="seconds", minimum=0)
+    body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)
+    require_keys: bool = setting(True, "refuse requests without an API key; the admin API always wants an admin key")
+    request_log: str = setting("-", "file for one JSON line a request; - is standard output")
+    log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
+    log_format: str = setting("text", "log lines for people or machines", choices=("text", "json"))
+
+
+def read(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Loaded[Settings]:
+    """Settings from flags, environment and file. Raises SettingError."""
+    return load(Settings, flags=flags, environ=environ, prefix=PREFIX)
+
+
+def state_dir(settings: Settings) -> Path:
+    """The state folder, or SettingError when none is set."""
+    if settings.state_dir is None:
+        raise SettingError("state_dir is not set: name the folder that keeps llmgate.db (--state-dir)")
+    return settings.state_dir
+
+
+def read_nodes(settings: Settings) -> tuple[Address, ...]:
+    """The nodes file's entries. Raises SettingError that names the file and the entry."""
+    path = settings.nodes_file
+    if path is None:
+        raise SettingError("nodes_file is not set: name the TOML file with the [[nodes]] (--nodes-file)")
+    try:
+        return parse_nodes(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise SettingError(f"cannot read the nodes file {path}: {error.strerror}") from error
+    except ValueError as error:
+        raise SettingError(f"nodes file {path}: {error}") from error
+
+
+def read_fleet_token(settings: Settings) -> str:
+    """The secret that nodes ask for: the first line of the token file, "" without a file.
+
+    Nodes take either line of theirs, so a token is rotated by adding the new one to the nodes before it comes first
+    here. Raises SettingError, which never repeats the token.
+    """
+    path = settings.fleet_token_file
+    if path is None:
+        return ""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise SettingError(f"cannot read the fleet token file {path}: {reason}") from error
+    token = lines[0].strip() if lines else ""
+    if len(token) < _MIN_TOKEN or not all(33 <= ord(c) <= 126 for c in token):
+        raise SettingError(
+            f"fleet token file {path}: its first line must be one word of at least {_MIN_TOKEN} printable characters"
+        )
+    return token
+
+
+def is_loopback(host: str) -> bool:
+    """Whether only this machine can reach what listens on `host`."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"

@@ -1,0 +1,248 @@
+"""A node without a model: speaks /node and the chat endpoint, and misbehaves on demand.
+
+Runs in a thread of the test with an event loop of its own, on a raw asyncio server, so that it can do what no framework
+allows: hang up in the middle of a frame, answer half a header, never read on.
+
+    with MockNode("a") as node:
+        node.fault = "die_mid_stream"
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import hashlib
+import json
+import socket
+import threading
+from typing import Any
+
+from llmnode.wire import sse
+from llmnode.wire.node import Load, Model, Report, State, Usage
+
+WORDS = ("one", "two", "three", "four", "five")
+
+
+class MockNode:
+    """One fake node. Attributes may be changed while it runs.
+
+    fault: "" | refuse_503 | error_500 | error_401 | not_found | bad_request | hang_up | die_mid_stream | die_late |
+           die_in_body | stall | stall_mid_stream | keepalive_then_die | error_event | error_event_late | endless | huge
+    requests: every POST seen: {"path", "headers", "body"}.   open: streams running now.   closed: streams cut by the gate.
+    """
+
+    def __init__(self, name: str, model: str = "tiny", port: int = 0, token: str = "", n_ctx: int = 4096) -> None:
+        self.name = name
+        self.token = token
+        self.fault = ""
+        self.report = Report(
+            boot=f"boot-{name}",
+            release="r1",
+            config="c1",
+            state=State.READY,
+            models=(Model(id=model, aliases=(f"{model}-alias",), n_ctx=n_ctx),),
+            load=Load(slots=4),
+        )
+        self.requests: list[dict[str, Any]] = []
+        self.polls = 0
+        self.not_modified = 0
+        self.open = 0
+        self.closed = 0
+        self.sent_bytes = 0
+        self.pause_s = 0.0
+        self.release = threading.Event()
+        self.poll_hangs = False
+        self._socket = socket.socket()
+        self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        self._socket.bind(("127.0.0.1", port))
+        self.port = self._socket.getsockname()[1]
+        self.url = f"http://127.0.0.1:{self.port}"
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._run, daemon=True)
+
+    def __enter__(self) -> MockNode:
+        self._socket.listen(64)
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.stop()
+
+    def stop(self) -> None:
+        """Close everything: from now on connections are refused. Idempotent."""
+        if self._thread.is_alive():
+            self._loop.call_soon_threadsafe(self._loop.stop)
+            self._thread.join()
+        self._socket.close()
+
+    def say(self, **changes: Any) -> None:
+        """Change fields of the report; `load` fields by load={...}."""
+        if "load" in changes:
+            changes["load"] = dataclasses.replace(self.report.load, **changes["load"])
+        self.report = dataclasses.replace(self.report, **changes)
+
+    @property
+    def paths(self) -> list[str]:
+        return [request["path"] for request in self.requests]
+
+    def _run(self) -> None:
+        asyncio.set_event_loop(self._loop)
+        server = self._loop.run_until_complete(asyncio.start_server(self._serve, sock=self._socket))
+        self._loop.run_forever()
+        server.close()
+        tasks = asyncio.all_tasks(self._loop)
+        for task in tasks:
+            task.cancel()
+        self._loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+        self._loop.close()
+
+    async def _serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        try:
+            while True:
+                head = await reader.readuntil(b"\r\n\r\n")
+                first, *lines = head.decode("latin-1").split("\r\n")
+                method, path, _ = first.split(" ", 2)
+                headers = {k.lower(): v.strip() for k, _, v in (line.partition(":") for line in lines if line)}
+                body = await reader.readexactly(int(headers.get("content-length", "0")))
+                if method == "GET":
+                    await self._get(path, headers, writer)
+                else:
+                    self.requests.append({"path": path, "headers": headers, "body": body})
+                    await self._post(json.loads(body), reader, writer)
+        except (asyncio.IncompleteReadError, ConnectionError, _HangUp):
+            pass
+        finally:
+            writer.transport.abort()
+
+    async def _get(self, path: str, headers: dict[str, str], writer: asyncio.StreamWriter) -> None:
+        self.polls += 1
+        while self.poll_hangs:
+            await asyncio.sleep(0.02)
+        if self.token and headers.get("authorization") != f"Bearer {self.token}":
+            await self._answer(writer, 401, _error("invalid_api_key", "authentication_error"))
+            return
+        body = json.dumps(self.report.json()).encode()
+        etag = '"' + hashlib.sha256(body).hexdigest()[:16] + '"'
+        if headers.get("if-none-match") == etag:
+            self.not_modified += 1
+            await self._answer(writer, 304, b"", etag=etag)
+        else:
+            await self._answer(writer, 200, body, etag=etag)
+
+    async def _post(self, ask: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        if self.pause_s:
+            await asyncio.sleep(self.pause_s)
+        fault = self.fault
+        if fault == "refuse_503":
+            await self._answer(writer, 503, _error("overloaded", "overloaded_error"), **{"retry-after": "7"})
+        elif fault == "error_500":
+            await self._answer(writer, 500, _error("internal_error", "server_error"))
+        elif fault == "error_401":
+            await self._answer(writer, 401, _error("invalid_api_key", "authentication_error"))
+        elif fault == "not_found":
+            await self._answer(writer, 404, _error("model_not_found"))
+        elif fault == "bad_request":
+            await self._answer(writer, 400, _error("invalid_value"))
+        elif fault == "too_long":
+            await self._answer(writer, 400, _error("context_length_exceeded"))
+        elif fault == "hang_up":
+            raise _HangUp
+        elif fault == "stall":
+            await self._until_closed(reader)
+        elif ask.get("stream"):
+            await self._stream(fault, reader, writer)
+        elif fault == "die_in_body":
+            writer.write(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"id":')
+            await writer.drain()
+            raise _HangUp
+        else:
+            await self._answer(writer, 200, json.dumps(self._completion()).encode())
+
+    async def _stream(self, fault: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-llmrack-ignored: store\r\n"
+            b"transfer-encoding: chunked\r\n\r\n"
+        )
+        self.open += 1
+        try:
+            if fault in ("keepalive_then_die", "error_event"):
+                await self._chunk(writer, sse.KEEPALIVE)
+                if fault == "error_event":
+                    await self._chunk(writer, b"data: " + _error("internal_error", "server_error") + b"\n\n")
+                raise _HangUp
+            number = 0
+            while fault in ("endless", "huge") or number < len(WORDS):
+                word = "x" * 60_000 if fault == "huge" else WORDS[number % len(WORDS)]
+                await self._chunk(writer, sse.event(self._delta(word)))
+                number += 1
+                if fault == "die_mid_stream" and number == 2:
+                    raise _HangUp
+                if fault == "error_event_late" and number == 2:
+                    await self._chunk(writer, b"data: " + _error("internal_error", "server_error") + b"\n\n")
+                    raise _HangUp
+                if fault == "stall_mid_stream" and number == 2:
+                    await self._until_closed(reader)
+                if fault == "wait" and number == 2:
+                    while not self.release.is_set():
+                        await asyncio.sleep(0.01)
+                if fault == "endless":
+                    await asyncio.sleep(0.01)
+            await self._chunk(writer, sse.KEEPALIVE)
+            if self.requests[-1]["headers"].get("x-llmrack-report-usage") == "1":
+                await self._chunk(writer, sse.usage_comment(Usage(11, 3, len(WORDS))))
+            await self._chunk(writer, sse.DONE)
+            writer.write(b"0\r\n\r\n")
+            await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            self.closed += 1
+            raise
+        finally:
+            self.open -= 1
+
+    async def _chunk(self, writer: asyncio.StreamWriter, data: bytes) -> None:
+        if writer.transport.is_closing():
+            raise ConnectionResetError
+        writer.write(b"%x\r\n%s\r\n" % (len(data), data))
+        await writer.drain()
+        self.sent_bytes += len(data)
+
+    async def _until_closed(self, reader: asyncio.StreamReader) -> None:
+        """Stay silent until the gate hangs up."""
+        if not await reader.read(1):
+            self.closed += 1
+        raise _HangUp
+
+    async def _answer(self, writer: asyncio.StreamWriter, status: int, body: bytes, **headers: str) -> None:
+        lines = [f"HTTP/1.1 {status} X", "content-type: application/json", f"content-length: {len(body)}"]
+        lines += [f"{name}: {value}" for name, value in headers.items()]
+        writer.write("\r\n".join(lines).encode() + b"\r\n\r\n" + body)
+        await writer.drain()
+
+    def _completion(self) -> dict[str, Any]:
+        message = {"role": "assistant", "content": f"{' '.join(WORDS)} from {self.name}"}
+        return {
+            "id": "chatcmpl-1",
+            "object": "chat.completion",
+            "created": 1,
+            "model": self.report.models[0].id,
+            "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
+            "usage": Usage(11, 3, len(WORDS)).openai(),
+        }
+
+    def _delta(self, word: str) -> dict[str, Any]:
+        return {
+            "id": "chatcmpl-1",
+            "object": "chat.completion.chunk",
+            "created": 1,
+            "model": self.report.models[0].id,
+            "choices": [{"index": 0, "delta": {"content": word}, "finish_reason": None}],
+        }
+
+
+class _HangUp(Exception):
+    """Close the connection here and now."""
+
+
+def _error(code: str, kind: str = "invalid_request_error") -> bytes:
+    error = {"message": f"the mock node says {code}", "type": kind, "param": None, "code": code}
+    return json.dumps({"error": error}, separators=(",", ":")).encode()
