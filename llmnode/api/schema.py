@@ -141,9 +141,8 @@ def completion(body: Mapping[str, Any], rules: Rules, *, seed: int) -> Completio
 
 
 def inference(body: Mapping[str, Any], rules: Rules, *, seed: int) -> CompletionRequest:
-    """Read a body of /inference: as a completion, but `model` may be left out and there is no stream."""
-    given = {"model": rules.models[0], **body}
-    fields = Fields(given)
+    """Read a body of /inference: as a completion, but there is no stream."""
+    fields = Fields(body)
     prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt:
         raise InvalidRequest(f"prompt must be a text that is not empty, got {_kind(prompt)}", param="prompt")
@@ -214,6 +213,8 @@ class Fields:
 
 def _options(fields: Fields, rules: Rules, seed: int, *, chat: bool) -> Options:
     model = fields.get("model")
+    if model is None:
+        model = rules.models[0]  # this node serves one model, so there is no doubt which is meant
     if not isinstance(model, str) or not model:
         raise InvalidRequest(f"model must be the name of a model, got {_show(model)}", param="model")
     if model not in rules.models:
