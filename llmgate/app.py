@@ -29,7 +29,7 @@ from llmgate.prober import Prober
 from llmgate.relay import Relay
 from llmgate.settings import Settings, is_loopback, read_nodes, state_dir
 from llmnode.service.notify import Notifier
-from llmnode.service.settings import SettingError
+from llmnode.service.settings import Loaded, SettingError
 
 log = logging.getLogger("llmgate")
 
@@ -66,8 +66,11 @@ def listen(settings: Settings) -> socket.socket:
 class Gate:
     """One running gate. `serve` returns when it has drained."""
 
-    def __init__(self, settings: Settings, token: str, addresses: tuple[Address, ...], notifier: Notifier) -> None:
-        self._settings = settings
+    def __init__(
+        self, loaded: Loaded[Settings], token: str, addresses: tuple[Address, ...], notifier: Notifier
+    ) -> None:
+        self._settings = settings = loaded.values
+        self._config = loaded.digest
         self._notifier = notifier
         self._clock, self._wall = time.monotonic, time.time
         self._stop, self._hurry, self._reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
@@ -169,7 +172,14 @@ class Gate:
             )
         )
         app.blueprint(
-            probes.blueprint(door=self._door, view=self._view, metrics=self._metrics, clock=clock, stale_after_s=stale)
+            probes.blueprint(
+                door=self._door,
+                view=self._view,
+                metrics=self._metrics,
+                clock=clock,
+                stale_after_s=stale,
+                config=self._config,
+            )
         )
         return app
 

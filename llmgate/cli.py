@@ -22,6 +22,7 @@ from pathlib import Path
 
 from sanic.server.loop import try_use_uvloop
 
+from llmgate import demo
 from llmgate import settings as configuration
 from llmgate.app import Gate, PortInUse, listen
 from llmgate.core import keys
@@ -57,7 +58,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--version", action="version", version=f"llmgate {release()}")
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+    def add(name: str, run: Callable[[argparse.Namespace], int] | None, text: str) -> argparse.ArgumentParser:
         sub = commands.add_parser(name, help=text, description=text)
         sub.set_defaults(command=run)
         return sub
@@ -76,7 +77,16 @@ def _parser() -> argparse.ArgumentParser:
         ),
         Settings,
     )
-    _add_keys(add("keys", _keys_help, "Create, list and revoke API keys."))
+    _add_keys(add("keys", None, "Create, list and revoke API keys."))
+    demo_parser = add(
+        "demo",
+        _demo,
+        "Start nodes and a gate on this machine, answer a question, and serve until Ctrl-C.",
+    )
+    demo_parser.add_argument("--model", type=Path, required=True, metavar="GGUF", help="the model that the nodes serve")
+    demo_parser.add_argument("--nodes", type=int, default=2, help="how many nodes (default: 2)")
+    demo_parser.add_argument("--once", action="store_true", help="stop after the answer")
+    demo_parser.add_argument("--question", default="What can you do?", help="what to ask (default: %(default)s)")
     return parser
 
 
@@ -95,7 +105,7 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
         "--from-file",
         type=Path,
         metavar="PATH",
-        help=f"take the secret from a file ({keys.MIN_SECRET} characters or more)",
+        help=f"take the secret from a file, - for standard input ({keys.MIN_SECRET} characters or more)",
     )
     create.add_argument(
         "--if-absent",
@@ -116,7 +126,8 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    settings = _load(options).values
+    loaded = _load(options)
+    settings = loaded.values
     logs.setup(settings.log_level, settings.log_format)
     token = configuration.read_fleet_token(settings)
     addresses = configuration.read_nodes(settings)
@@ -125,7 +136,7 @@ def _serve(options: argparse.Namespace) -> int:
     try_use_uvloop()
 
     async def run() -> None:
-        await Gate(settings, token, addresses, Notifier()).serve(sock)
+        await Gate(loaded, token, addresses, Notifier()).serve(sock)
 
     asyncio.run(run())
     return OK
@@ -198,8 +209,12 @@ def _row(node: Node) -> tuple[str, ...]:
     return (node.name, standing.state, f"{node.busy}/{node.slots}", models, report.release, node.url, standing.why)
 
 
-def _keys_help(options: argparse.Namespace) -> int:
-    raise AssertionError("argparse asks for a command below keys")
+def _demo(options: argparse.Namespace) -> int:
+    if options.nodes < 1:
+        return _say(BAD, f"--nodes must be at least 1, got {options.nodes}")
+    if not options.model.is_file():
+        return _say(BAD, f"there is no model at {options.model}")
+    return demo.run(options.model, nodes=options.nodes, once=options.once, question=options.question)
 
 
 def _keys_create(options: argparse.Namespace) -> int:
@@ -282,7 +297,8 @@ def _day(seconds: float) -> str:
 
 def _secret_from(path: Path) -> str:
     try:
-        return keys.check_secret(path.read_text(encoding="utf-8").strip())
+        text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
+        return keys.check_secret(text.strip())
     except OSError as error:
         raise ValueError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError:

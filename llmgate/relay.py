@@ -204,7 +204,8 @@ class Relay:
     async def _pass_on(self, response: httpx.Response, exchange: Exchange, client: Client, data: bytes) -> None:
         if not exchange.begun:
             exchange.begun = True
-            await client.begin(response.status_code, _returned(response))
+            # A proxy in front of the gate must not hold a stream back, whatever the node said.
+            await client.begin(response.status_code, {"x-accel-buffering": "no"} | _returned(response))
         await client.send(data)
 
     async def _get(self, url: str, headers: Mapping[str, str]) -> tuple[int, str, bytes]:

@@ -1,6 +1,7 @@
 """What machines ask of the gate itself, without a key: /health, /ready, /metrics.
 
-/health: the process answers. /ready: 200 while at least one node takes work and the gate is not draining, so that a
+/health: the process answers, and says which release and settings it runs: the playbooks restart it when these are not
+the wanted ones. /ready: 200 while at least one node takes work and the gate is not draining, so that a
 load balancer in front of several gates sends requests only where they can be answered; 503 says why.
 """
 
@@ -21,12 +22,12 @@ from llmnode.wire.errors import Overloaded
 
 
 def blueprint(
-    *, door: Door, view: View, metrics: Metrics, clock: Callable[[], float], stale_after_s: float
+    *, door: Door, view: View, metrics: Metrics, clock: Callable[[], float], stale_after_s: float, config: str
 ) -> Blueprint:
     routes = Blueprint("probes")
 
     async def health(request: Request) -> HTTPResponse:
-        return json({"status": "ok", "release": release()})
+        return json({"status": "ok", "release": release(), "config": config})
 
     async def ready(request: Request) -> HTTPResponse:
         if door.draining:
