@@ -14,7 +14,7 @@ import signal
 import socket
 import threading
 import uuid
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from enum import IntEnum
 from pathlib import Path
@@ -92,14 +92,29 @@ def run(loaded: Loaded[Settings], sock: socket.socket, token: FleetToken | None,
     return life.exit
 
 
-def load_backend(settings: Settings, progress: Any) -> Backend:
+def load_backend(settings: Settings, progress: Callable[[float], None]) -> Backend:
     """The backend that the settings ask for. `progress` is called with 0..1. Raises ModelLoadError."""
-    if settings.backend == "fake":
-        n_ctx = settings.n_ctx or FAKE_CONTEXT
+    if settings.backend == "fake" or settings.model is None:
+        n_ctx = settings.n_ctx or min(FAKE_CONTEXT, settings.kv_cells or FAKE_CONTEXT)
         cells = settings.kv_cells or settings.slots * n_ctx
         room = Room(slots=settings.slots, n_ctx=n_ctx, kv_cells=cells, n_batch=settings.n_batch)
         return FakeBackend(room, step_delay_s=settings.fake_step_delay_s)
-    raise ModelLoadError("no llama yet")
+    # Imported here: llama.cpp's libraries take a second to load, and only this backend needs them.
+    from llmnode.engine import llama
+
+    options = llama.LlamaOptions(
+        path=settings.model,
+        slots=settings.slots,
+        n_ctx=settings.n_ctx,
+        kv_cells=settings.kv_cells,
+        n_batch=settings.n_batch,
+        threads=settings.threads,
+        n_gpu_layers=settings.n_gpu_layers,
+        tensor_split=settings.tensor_split,
+        devices=settings.devices,
+        flash_attn=settings.flash_attn,
+    )
+    return llama.load(options, progress)
 
 
 class NodeApp(Sanic[Config, SimpleNamespace]):

@@ -85,6 +85,10 @@ def _check(settings: Settings) -> None:
         raise SettingError(f"fleet_token_file must be set, since other machines can reach host {settings.host}")
     if settings.kv_cells and settings.n_ctx and settings.kv_cells < settings.n_ctx:
         raise SettingError(f"kv_cells ({settings.kv_cells}) must not be below n_ctx ({settings.n_ctx})")
+    if settings.n_batch < settings.slots:
+        raise SettingError(
+            f"n_batch ({settings.n_batch}) must not be below slots ({settings.slots}): each slot computes a token a step"
+        )
     if settings.tensor_split and settings.devices and len(settings.tensor_split) != len(settings.devices):
         raise SettingError(
             f"tensor_split has {len(settings.tensor_split)} shares and devices has {len(settings.devices)} entries"
