@@ -11,12 +11,13 @@ LAB    := $(BIN)/python tests/lab/lab.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format lock bench-node lab-up lab-deploy lab-down clean
+.PHONY: help demo test test-fast lint format docs lock bench-node lab-up lab-deploy lab-down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
 
 demo: $(STAMPS)/run ## two nodes and a gate on this machine; ONCE=1 answers one question and stops
+	$(if $(MODEL),,@echo "No MODEL given: one of random weights is made, which talks gibberish. Bring yours with MODEL=/path/to/model.gguf")
 	@$(BIN)/llmgate demo --model "$${MODEL:-$$($(BIN)/python -m tests.tiny_model)}" $(if $(ONCE),--once) $(if $(QUESTION),--question "$(QUESTION)")
 
 test: $(STAMPS)/all ## every test; as root on Debian or Ubuntu the lab of real systemd hosts too
@@ -37,6 +38,9 @@ lint: $(STAMPS)/all ## ruff, mypy, import-linter, ansible-lint, yamllint
 format: $(STAMPS)/all ## let ruff format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
+
+docs: $(STAMPS)/run ## write docs/settings.md from the tables of settings
+	@$(BIN)/python -m tests.settings_page
 
 lock: ## resolve the dependencies anew (needs uv)
 	@$(PYTHON) $(LOCKS)/lock.py

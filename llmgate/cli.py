@@ -33,7 +33,7 @@ from llmgate.settings import PREFIX, Settings
 from llmnode.service import logs
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
-from llmnode.service.settings import Loaded, SettingError, add_flags, listing
+from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown
 from llmnode.wire.node import Report
 
 OK, NO, BAD, PORT_IN_USE = 0, 1, 2, 4
@@ -67,7 +67,9 @@ def _parser() -> argparse.ArgumentParser:
     add_flags(
         add("check", _check, "Say whether the settings, the nodes file and the fleet token can be used."), Settings
     )
-    add_flags(add("settings", _settings, "Print every setting, its value and where it came from."), Settings)
+    table = add("settings", _settings, "Print every setting, its value and where it came from.")
+    table.add_argument("--markdown", action="store_true", help="print the table that docs/settings.md shows")
+    add_flags(table, Settings)
     add_flags(
         add(
             "nodes",
@@ -153,7 +155,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> int:
-    print(listing(_load(options), PREFIX))
+    print(markdown(Settings, PREFIX) if options.markdown else listing(_load(options), PREFIX))
     return OK
 
 

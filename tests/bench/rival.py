@@ -2,11 +2,16 @@
 
 Compiled once per machine for its own processor (GGML_NATIVE), which is the fastest build there is of it, and kept in
 the cache. Needs cmake and a compiler.
+
+But for AMX: GCC 12 drops most of the tile configuration that llama.cpp writes, and every batch then ends the process
+(llmnode leaves its AMX plug-in out for the same reason, see engine/llama.py), so both sides run without.
 """
 
 from __future__ import annotations
 
+import hashlib
 import os
+import platform
 import shutil
 import subprocess
 import sys
@@ -16,9 +21,11 @@ from pathlib import Path
 
 from tests.tiny_model import WHEELHOUSE, cache
 
+NO_AMX = "-mno-amx-tile -mno-amx-int8 -mno-amx-bf16" if platform.machine() == "x86_64" else ""
 FLAGS = [
     "-DCMAKE_BUILD_TYPE=Release", "-DGGML_NATIVE=ON", "-DBUILD_SHARED_LIBS=OFF", "-DLLAMA_BUILD_UI=OFF",
     "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_APP=OFF",
+    f"-DCMAKE_C_FLAGS={NO_AMX}", f"-DCMAKE_CXX_FLAGS={NO_AMX}",
 ]  # fmt: skip
 
 
@@ -29,7 +36,8 @@ def llama_server() -> Path:
             [sys.executable, str(WHEELHOUSE), "sdist"], check=True, stdout=subprocess.PIPE, text=True
         ).stdout.strip()
     )
-    program = cache() / "rivals" / sdist.name.removesuffix(".tar.gz") / "llama-server"
+    digest = hashlib.sha256(" ".join(FLAGS).encode()).hexdigest()[:8]
+    program = cache() / "rivals" / f"{sdist.name.removesuffix('.tar.gz')}-{digest}" / "llama-server"
     if program.exists():
         return program
     if not shutil.which("cmake"):

@@ -10,9 +10,7 @@ from pathlib import Path
 import pytest
 import tomllib
 
-from llmgate.settings import Settings as GateSettings
-from llmnode.service.settings import markdown
-from llmnode.settings import Settings as NodeSettings
+from tests import settings_page
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
@@ -49,9 +47,7 @@ def test_both_packages_stay_empty_at_their_root() -> None:
 
 
 def test_settings_in_the_docs_are_those_of_the_code() -> None:
-    page = (ROOT / "docs" / "settings.md").read_text()
-    assert markdown(NodeSettings, "LLMNODE_") in page
-    assert markdown(GateSettings, "LLMGATE_") in page
+    assert settings_page.PAGE.read_text() == settings_page.render(), "run `make docs`"
 
 
 def test_every_make_target_is_listed_and_documented_ones_exist() -> None:
@@ -61,6 +57,8 @@ def test_every_make_target_is_listed_and_documented_ones_exist() -> None:
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")]:
         for line in re.findall(r"(?:^|`)make ([a-z][a-z0-9 -]*)", page.read_text(), re.MULTILINE):
             for word in line.split():
+                if "=" in word or word.endswith("-"):  # a variable, or a family such as bench-*
+                    continue
                 assert word in targets, f"{page.name} speaks of `make {word}`, which does not exist"
 
 
