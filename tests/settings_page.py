@@ -17,10 +17,10 @@ def render() -> str:
     """The page: how settings are given, then one table a program."""
     return f"""# Settings
 
-Each setting can be given as a flag (`n_ctx` is `--n-ctx`), as an environment variable, or as a key of the TOML file that
-`--config` or `LLMNODE_CONFIG`/`LLMGATE_CONFIG` names. A flag wins over the environment, the environment over the file, the
-file over the default. A name that nobody knows is an error that names the nearest one. `llmnode settings` and `llmgate
-settings` print every value in force and where it came from. `make docs` writes this page.
+Each setting can be given as a flag (`n_ctx` is `--n-ctx`), as an environment variable, or as a key of the TOML file
+that `--config` or `LLMNODE_CONFIG`/`LLMGATE_CONFIG` names. A flag wins over the environment, the environment over the
+file, the file over the default. A name that nobody knows is an error that names the nearest one. `llmnode settings`
+and `llmgate settings` print every value in force and where it came from. `make docs` writes this page.
 
 ## llmnode
 
