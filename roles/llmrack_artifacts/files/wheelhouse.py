@@ -80,7 +80,9 @@ def main(argv: list[str] | None = None) -> int:
         if name != "sdist":
             command.add_argument("--backend", choices=sorted(BACKENDS), default="cpu")
         if name == "llama":
-            command.add_argument("--if-built", action="store_true", help="print nothing and exit 1 if it is not built yet")
+            command.add_argument(
+                "--if-built", action="store_true", help="print nothing and exit 1 if it is not built yet"
+            )
         if name == "release":
             command.add_argument("--out", type=Path, required=True, help="directory to fill; replaced as a whole")
             command.add_argument(
@@ -137,7 +139,16 @@ def sdist(project: Path) -> Path:
             return path
         _say(f"fetching the source of {requirement} (75 MB)")
         _run(
-            [*_pip(), "download", "--quiet", "--no-deps", "--no-binary=llama-cpp-python", "--dest", temporary, requirement],
+            [
+                *_pip(),
+                "download",
+                "--quiet",
+                "--no-deps",
+                "--no-binary=llama-cpp-python",
+                "--dest",
+                temporary,
+                requirement,
+            ],
             "the download of llama-cpp-python's source",
         )
         fetched = next(Path(temporary).glob("*.tar.gz"))
