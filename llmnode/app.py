@@ -20,7 +20,7 @@ from enum import IntEnum
 from pathlib import Path
 from string import ascii_letters, digits
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from sanic import Request, Sanic
 from sanic.config import Config
@@ -34,13 +34,16 @@ from llmnode.chat.template import ChatTemplate, TemplateError
 from llmnode.engine.backend import Backend, FatalEngineError, ModelLoadError, Room
 from llmnode.engine.fake import FakeBackend
 from llmnode.engine.loop import Engine, Limits
-from llmnode.engine.types import Event, Sink
+from llmnode.engine.types import Event, ModelInfo, Sink
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded
 from llmnode.settings import Settings
 from llmnode.wire import headers
 from llmnode.wire.node import State
+
+if TYPE_CHECKING:
+    from llmnode.engine.llama import LlamaOptions
 
 log = logging.getLogger("llmnode")
 access = logging.getLogger("llmnode.access")
@@ -102,19 +105,17 @@ def load_backend(settings: Settings, progress: Callable[[float], None]) -> Backe
     # Imported here: llama.cpp's libraries take a second to load, and only this backend needs them.
     from llmnode.engine import llama
 
-    options = llama.LlamaOptions(
-        path=settings.model,
-        slots=settings.slots,
-        n_ctx=settings.n_ctx,
-        kv_cells=settings.kv_cells,
-        n_batch=settings.n_batch,
-        threads=settings.threads,
-        n_gpu_layers=settings.n_gpu_layers,
-        tensor_split=settings.tensor_split,
-        devices=settings.devices,
-        flash_attn=settings.flash_attn,
-    )
-    return llama.load(options, progress)
+    return llama.load(_llama_options(settings, settings.model), progress)
+
+
+def plan(settings: Settings) -> tuple[ModelInfo, Room]:
+    """What `load_backend` would load, found out without loading it. Raises ModelLoadError."""
+    if settings.backend == "fake" or settings.model is None:
+        backend = load_backend(settings, lambda done: None)
+        return backend.info, backend.room
+    from llmnode.engine import llama
+
+    return llama.plan(_llama_options(settings, settings.model))
 
 
 class NodeApp(Sanic[Config, SimpleNamespace]):
@@ -133,6 +134,23 @@ class NodeApp(Sanic[Config, SimpleNamespace]):
             raise
         finally:
             _account(serving, request, serving.clock() - began)
+
+
+def _llama_options(settings: Settings, path: Path) -> LlamaOptions:
+    from llmnode.engine.llama import LlamaOptions
+
+    return LlamaOptions(
+        path=path,
+        slots=settings.slots,
+        n_ctx=settings.n_ctx,
+        kv_cells=settings.kv_cells,
+        n_batch=settings.n_batch,
+        threads=settings.threads,
+        n_gpu_layers=settings.n_gpu_layers,
+        tensor_split=settings.tensor_split,
+        devices=settings.devices,
+        flash_attn=settings.flash_attn,
+    )
 
 
 def _app(serving: Serving, token: FleetToken | None) -> NodeApp:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import difflib
 import errno
 import logging
 import os
@@ -13,15 +14,18 @@ from typing import NoReturn
 from llmnode import app
 from llmnode.api.fleet_token import FleetToken, FleetTokenError
 from llmnode.chat.template import ChatTemplate, TemplateError
+from llmnode.engine.backend import ModelLoadError
 from llmnode.service import logs
 from llmnode.service.release import release
-from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown
+from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown, rows
 from llmnode.settings import PREFIX, Settings, read
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code."""
-    asked = _parser().parse_args(arguments)
+    asked, unknown = _parser().parse_known_args(arguments)
+    if unknown:
+        return _complain(f"unknown argument {unknown[0]}{_nearest(unknown[0])}", app.Exit.CONFIGURATION)
     if asked.command == "settings" and asked.markdown:
         print(markdown(Settings, PREFIX))
         return app.Exit.OK
@@ -34,7 +38,39 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if asked.command == "settings":
         print(listing(loaded, PREFIX))
         return app.Exit.OK
+    if asked.command == "check":
+        return _check(loaded.values, template)
     return _serve(loaded, token, template)
+
+
+def _check(settings: Settings, template: str | None) -> int:
+    """Say what would be served, and what memory it takes, without reading weights."""
+    try:
+        info, room = app.plan(settings)
+        chat = ChatTemplate(info.chat_template if template is None else template, bos=info.bos, eos=info.eos)
+    except (ModelLoadError, TemplateError) as error:
+        return _complain(error, app.Exit.MODEL)
+    origin = "none in the file, so ChatML" if chat.is_default else "the model's own"
+    cache = room.kv_cells * info.cell_bytes
+    lines = {
+        "model": f"{settings.served_id} ({info.name}, {info.architecture})",
+        "listens on": f"{settings.host} port {settings.port}",
+        "fleet token": str(settings.fleet_token_file or "not needed on loopback"),
+        "chat template": str(settings.chat_template_file or origin),
+        "slots": f"{room.slots}, each with {room.n_ctx} tokens at most (trained for {info.n_ctx_train})",
+        "weights": f"{_mebibytes(info.size_bytes)}: the file's size",
+        "cache": f"{_mebibytes(cache)}: {room.kv_cells} cells of {info.cell_bytes} bytes"
+        if cache
+        else f"{room.kv_cells} cells of unknown size",
+        "together": f"{_mebibytes(info.size_bytes + cache)}, and what llama.cpp needs to compute",
+    }
+    for name, value in lines.items():
+        print(f"{name + ':':<15} {value}")
+    return app.Exit.OK
+
+
+def _mebibytes(size: int) -> str:
+    return f"{size / 2**20:,.1f} MiB"
 
 
 def _serve(loaded: Loaded[Settings], token: FleetToken | None, template: str | None) -> int:
@@ -88,8 +124,21 @@ def _complain(problem: object, code: app.Exit) -> app.Exit:
     return code
 
 
+def _nearest(argument: str) -> str:
+    flag = argument.partition("=")[0]
+    close = difflib.get_close_matches(flag, [row.flag for row in rows(Settings)], n=1)
+    return f"; did you mean {close[0]}?" if close else ""
+
+
+class _Parser(argparse.ArgumentParser):
+    """Complains in one line; argparse would put the usage in front."""
+
+    def error(self, message: str) -> NoReturn:
+        raise SystemExit(_complain(f"{message}; llmnode --help shows more", app.Exit.CONFIGURATION))
+
+
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="llmnode", description="Serve one model over HTTP.", allow_abbrev=False)
+    parser = _Parser(prog="llmnode", description="Serve one model over HTTP.", allow_abbrev=False)
     parser.add_argument("--version", action="version", version=f"llmnode {release()}")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     for name, help in (

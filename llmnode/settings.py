@@ -87,7 +87,7 @@ def _check(settings: Settings) -> None:
         raise SettingError(f"kv_cells ({settings.kv_cells}) must not be below n_ctx ({settings.n_ctx})")
     if settings.n_batch < settings.slots:
         raise SettingError(
-            f"n_batch ({settings.n_batch}) must not be below slots ({settings.slots}): each slot computes a token a step"
+            f"n_batch ({settings.n_batch}) must not be below slots ({settings.slots}): a token each in every step"
         )
     if settings.tensor_split and settings.devices and len(settings.tensor_split) != len(settings.devices):
         raise SettingError(

@@ -170,10 +170,7 @@ class Serving:
         if self.state is State.FAILED:
             return self.why
         stats = self.stats()
-        if stats is None or stats.step_deadline is None:
-            return ""
-        late = self.clock() - stats.step_deadline
-        return f"the engine's step is {late:.1f} s past the time it should have taken" if late > 0 else ""
+        return stats.stuck(self.clock()) if stats else ""
 
     def report(self) -> Report:
         """The body of /node."""

@@ -85,6 +85,13 @@ def inspect(path: Path) -> ModelInfo:
         return model.info()
 
 
+def plan(options: LlamaOptions) -> tuple[ModelInfo, Room]:
+    """What `load` would serve of these options, without reading weights. Raises ModelLoadError as `load` does."""
+    info = inspect(options.path)
+    _choose_devices(options, native().devices())
+    return info, _room(options, info)
+
+
 def devices() -> tuple[Device, ...]:
     """What llama.cpp could compute on here, with the memory in use now."""
     return tuple(found.device for found in native().devices())
@@ -305,7 +312,18 @@ class _Model:
             bos=self._token_text(api.llama_vocab_bos(vocab)),
             eos=self._token_text(api.llama_vocab_eos(vocab)),
             add_bos=api.llama_vocab_get_add_bos(vocab),
+            cell_bytes=self._cell_bytes(architecture),
         )
+
+    def _cell_bytes(self, architecture: str) -> int:
+        """Keys and values of one token in all layers, as 16-bit floats; 0 when the metadata do not say it plainly."""
+        names = ("block_count", "attention.head_count", "attention.head_count_kv", "embedding_length")
+        texts = [self._metadata(f"{architecture}.{name}") for name in names]
+        if not all(text.isdigit() and int(text) for text in texts):
+            return 0
+        layers, heads, kv_heads, width = map(int, texts)
+        lengths = (self._metadata(f"{architecture}.attention.{name}_length") for name in ("key", "value"))
+        return sum(2 * layers * kv_heads * int(length or width // heads) for length in lengths)
 
     def context(self, room: Room, options: LlamaOptions) -> Any:
         """Make the context. Raises ModelLoadError when it does not fit the memory or the model cannot generate."""

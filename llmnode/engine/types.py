@@ -116,10 +116,22 @@ class Stats:
     heartbeat: float
     step_deadline: float | None = None
 
+    def stuck(self, now: float, idle_limit_s: float = 10.0) -> str:
+        """Why the engine's thread must be taken for stuck at `now`, or nothing: the one judgement behind /health and
+        the watchdog. A long step is not stuck before its own deadline; an idle engine ticks twice a second."""
+        if self.step_deadline is not None:
+            late = now - self.step_deadline
+            return f"a step should have ended {late:.1f} s ago" if late > 0 else ""
+        silent = now - self.heartbeat
+        return f"the engine's last sign of life was {silent:.1f} s ago" if silent > idle_limit_s else ""
+
 
 @dataclass(frozen=True)
 class ModelInfo:
-    """What the loaded GGUF says of itself. `n_ctx_train` in tokens; `chat_template` is Jinja or empty."""
+    """What the loaded GGUF says of itself. `n_ctx_train` in tokens; `chat_template` is Jinja or empty.
+
+    cell_bytes: what one token takes in the cache, 0 when unknown.
+    """
 
     name: str
     architecture: str
@@ -131,3 +143,4 @@ class ModelInfo:
     bos: str
     eos: str
     add_bos: bool
+    cell_bytes: int = 0
