@@ -26,9 +26,11 @@ WORDS = ("one", "two", "three", "four", "five")
 class MockNode:
     """One fake node. Attributes may be changed while it runs.
 
-    fault: "" | refuse_503 | error_500 | error_401 | not_found | bad_request | hang_up | die_mid_stream | die_late |
-           die_in_body | stall | stall_mid_stream | keepalive_then_die | error_event | error_event_late | endless | huge
-    requests: every POST seen: {"path", "headers", "body"}.   open: streams running now.   closed: streams cut by the gate.
+    fault: what to do with a POST instead of answering it well; the names are those that `_post` and `_stream` look for.
+    requests: every POST seen: {"path", "headers", "body"}.
+    open: streams running now.   closed: answers that the gate hung up on.   sent_bytes: of streams, taken by the gate.
+    hold: while set, a POST is not looked at, a poll is not answered, and a stream with the fault "wait" stays at its
+          second word.
     """
 
     def __init__(self, name: str, model: str = "tiny", port: int = 0, token: str = "", n_ctx: int = 4096) -> None:
@@ -49,9 +51,7 @@ class MockNode:
         self.open = 0
         self.closed = 0
         self.sent_bytes = 0
-        self.pause_s = 0.0
-        self.release = threading.Event()
-        self.poll_hangs = False
+        self.hold = ""
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
@@ -109,15 +109,14 @@ class MockNode:
                 else:
                     self.requests.append({"path": path, "headers": headers, "body": body})
                     await self._post(json.loads(body), reader, writer)
-        except (asyncio.IncompleteReadError, ConnectionError, _HangUp):
-            pass
+        except (asyncio.IncompleteReadError, ConnectionError, _HangUp, asyncio.CancelledError):
+            pass  # cancelled: the node is being stopped, which ends this task all the same
         finally:
             writer.transport.abort()
 
     async def _get(self, path: str, headers: dict[str, str], writer: asyncio.StreamWriter) -> None:
         self.polls += 1
-        while self.poll_hangs:
-            await asyncio.sleep(0.02)
+        await self._held("poll")
         if self.token and headers.get("authorization") != f"Bearer {self.token}":
             await self._answer(writer, 401, _error("invalid_api_key", "authentication_error"))
             return
@@ -130,8 +129,7 @@ class MockNode:
             await self._answer(writer, 200, body, etag=etag)
 
     async def _post(self, ask: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        if self.pause_s:
-            await asyncio.sleep(self.pause_s)
+        await self._held("post")
         fault = self.fault
         if fault == "refuse_503":
             await self._answer(writer, 503, _error("overloaded", "overloaded_error"), **{"retry-after": "7"})
@@ -183,8 +181,7 @@ class MockNode:
                 if fault == "stall_mid_stream" and number == 2:
                     await self._until_closed(reader)
                 if fault == "wait" and number == 2:
-                    while not self.release.is_set():
-                        await asyncio.sleep(0.01)
+                    await self._held("stream")
                 if fault == "endless":
                     await asyncio.sleep(0.01)
             await self._chunk(writer, sse.KEEPALIVE)
@@ -198,6 +195,11 @@ class MockNode:
             raise
         finally:
             self.open -= 1
+
+    async def _held(self, what: str) -> None:
+        """Wait while the test holds this back. Polled: the test sets it from another thread."""
+        while self.hold == what:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     async def _chunk(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         if writer.transport.is_closing():
