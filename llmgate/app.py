@@ -22,12 +22,12 @@ from sanic.server.async_server import AsyncioServer
 from llmgate.api import admin, errors, openai, probes
 from llmgate.api.door import Door
 from llmgate.core import leases
-from llmgate.core.fleet import Address, Leased, Listed, View
+from llmgate.core.fleet import Leased, Listed, View
 from llmgate.ledger import Contents, Ledger, RequestLog, StoreError
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
-from llmgate.settings import Settings, is_loopback, read_nodes, state_dir
+from llmgate.settings import Address, Settings, is_loopback, read_nodes, state_dir
 from llmnode.service.notify import Notifier
 from llmnode.service.settings import Loaded, SettingError
 

@@ -26,10 +26,10 @@ from llmgate import demo
 from llmgate import settings as configuration
 from llmgate.app import Gate, PortInUse, listen
 from llmgate.core import keys
-from llmgate.core.fleet import Address, Fleet, Listed, Lost, Node, Reported
+from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
 from llmgate.ledger import KeyTaken, Store, StoreError
 from llmgate.relay import Relay
-from llmgate.settings import PREFIX, Settings
+from llmgate.settings import PREFIX, Address, Settings
 from llmnode.service import logs
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release

@@ -5,9 +5,10 @@ from __future__ import annotations
 import pytest
 
 from llmgate.core import keys, leases
-from llmgate.core.fleet import Address, Fleet, Lease, Leased, Listed, Lost, Reported
+from llmgate.core.fleet import Fleet, Lease, Leased, Listed, Lost, Reported
 from llmgate.core.keys import Key, Keyring
 from llmgate.core.leases import DrainRequest
+from llmgate.settings import Address
 from llmnode.wire.errors import ApiError, Conflict, Forbidden, Unauthorized
 from llmnode.wire.node import Load, Model, Report, State
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from llmgate.core.fleet import (
-    Address,
     Dispatched,
     Event,
     Finished,
@@ -17,9 +16,9 @@ from llmgate.core.fleet import (
     Listed,
     Lost,
     Reported,
-    parse_nodes,
 )
 from llmgate.core.policy import Ask, least_loaded, refusal
+from llmgate.settings import Address, parse_nodes
 from llmnode.wire.errors import ModelNotFound, Overloaded
 from llmnode.wire.node import Load, Model, Report, State
 
