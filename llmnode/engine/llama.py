@@ -38,7 +38,7 @@ _NVIDIA = Path("/proc/driver/nvidia/gpus")
 _UNSAFE_CPU = "sapphirerapids"
 """The one CPU plug-in with AMX. GCC 12 drops most of its tile configuration (its _tile_loadconfig tells the compiler
 that 8 of the 64 bytes are read), so the first batch of two tokens ends the process with SIGILL. The next best plug-in
-for those CPUs has all of AVX-512 but AMX."""
+for those CPUs has all of AVX-512 but AMX. A build that has AMX linked in is kept from it by `Native.uses_amx`."""
 
 log = logging.getLogger(__name__)
 
@@ -156,7 +156,10 @@ class LlamaBackend:
         self._rows = self._batch.fill(chunks)
         if self._rows < 0:
             return BAD_BATCH
-        return int(self._api.llama_decode(self._context, self._batch.struct))
+        code = int(self._api.llama_decode(self._context, self._batch.struct))
+        # A GPU may still be at it. Waiting here keeps the measured rates true, and they decide what counts as stuck.
+        self._api.llama_synchronize(self._context)
+        return code
 
     def logits(self) -> NDArray[np.float32]:
         # llama.cpp keeps the rows of a decode in one block, in batch order, and seldom moves it.
@@ -264,6 +267,7 @@ class _Model:
         parameters = self._api.llama_model_default_params()
         parameters.n_gpu_layers = options.n_gpu_layers
         parameters.vocab_only = only_look
+        parameters.use_extra_bufts = not library.uses_amx()
         callback = self._api.llama_progress_callback(report)
         parameters.progress_callback = callback
         handles = (ctypes.c_void_p * (len(chosen) + 1))(*(found.handle for found in chosen))
@@ -404,7 +408,14 @@ class Native:
         self.ggml.ggml_backend_dev_backend_reg.argtypes = [ctypes.c_void_p]
         self.ggml.ggml_backend_reg_name.argtypes = [ctypes.c_void_p]
         self.ggml.ggml_backend_reg_name.restype = ctypes.c_char_p
-        for function in (self.ggml.ggml_backend_dev_get, self.ggml.ggml_backend_dev_backend_reg):
+        self.ggml.ggml_backend_reg_by_name.argtypes = [ctypes.c_char_p]
+        self.ggml.ggml_backend_reg_get_proc_address.argtypes = [ctypes.c_void_p, ctypes.c_char_p]
+        for function in (
+            self.ggml.ggml_backend_dev_get,
+            self.ggml.ggml_backend_dev_backend_reg,
+            self.ggml.ggml_backend_reg_by_name,
+            self.ggml.ggml_backend_reg_get_proc_address,
+        ):
             function.restype = ctypes.c_void_p
         self.ggml.ggml_backend_dev_get_props.argtypes = [ctypes.c_void_p, ctypes.POINTER(_Properties)]
 
@@ -420,6 +431,18 @@ class Native:
         if best is not None:
             log.info("CPU plug-in: %s", best.stem)
             self.ggml.ggml_backend_load(os.fsencode(best))
+
+    def uses_amx(self) -> bool:
+        """Whether the CPU backend would put weights where AMX computes with them (see _UNSAFE_CPU)."""
+        cpu = self.ggml.ggml_backend_reg_by_name(b"CPU")
+        address = self.ggml.ggml_backend_reg_get_proc_address(cpu, b"ggml_backend_get_features") if cpu else None
+        if not address:
+            return False
+        features = ctypes.CFUNCTYPE(ctypes.POINTER(_Feature), ctypes.c_void_p)(address)(cpu)
+        index = 0
+        while features[index].name not in (None, b"AMX_INT8"):
+            index += 1
+        return features[index].name is not None
 
     def devices(self) -> list[Found]:
         found = []
@@ -524,6 +547,12 @@ _LOG_LEVELS = {1: logging.DEBUG, 2: logging.DEBUG, 3: logging.INFO, 4: logging.W
 
 # ggml/include/ggml-backend.h, enum ggml_backend_dev_type: GPU and integrated GPU.
 _GPU_TYPES = (1, 2)
+
+
+class _Feature(ctypes.Structure):
+    """struct ggml_backend_feature of ggml/include/ggml-backend.h."""
+
+    _fields_ = [("name", ctypes.c_char_p), ("value", ctypes.c_char_p)]
 
 
 class _Capabilities(ctypes.Structure):

@@ -159,7 +159,9 @@ class Engine:
         """End the thread after the step now running, fail what is left with Overloaded, close the backend."""
         self._stopping = True
         self._wake.set()
-        if self._thread.ident is not None:
+        if self._thread.ident is None:
+            self._run()  # never started: the same end, on this thread
+        elif threading.current_thread() is not self._thread:
             self._thread.join()
 
     # Everything below runs on the engine's thread.
@@ -202,7 +204,7 @@ class Engine:
             self._recover(code, plan)
             return
         ready = self._scheduler.computed(plan)
-        logits = self._backend.logits() if ready else None  # a GPU's decode ends here, not above
+        logits = self._backend.logits() if ready else None
         decoded = self._clock()
         drawn = [] if logits is None else choose(logits, [(s.ask.sampling, s.answered) for s in ready])
         sampled = self._clock()

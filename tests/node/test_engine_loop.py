@@ -488,3 +488,12 @@ def test_hundreds_of_random_arrivals_all_end_and_leave_nothing_behind() -> None:
         assert timings.failed == 0
     assert max(len(batch) for batch in backend.batches) == room.slots
     assert END in backend.end_tokens
+
+
+def test_an_engine_that_never_started_stops_as_well() -> None:
+    backend, answer = Watched(ROOM), Answer()
+    engine = Engine(backend, Limits())
+    engine.submit(Ask(prompt("abc"), GREEDY), answer)
+    engine.stop()
+    assert answer.error.status == 503
+    assert backend.closed
