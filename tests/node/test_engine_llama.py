@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 
 from llmnode.engine import llama
-from llmnode.engine.backend import BAD_BATCH, OK, Chunk, ModelLoadError
+from llmnode.engine.backend import BAD_BATCH, OK, Chunk, FatalEngineError, ModelLoadError
 from llmnode.engine.llama import LlamaBackend, LlamaOptions
+from llmnode.engine.loop import Limits
 from llmnode.engine.sampler import candidates, uniform
 from llmnode.engine.types import Ask, Finish, Sampling
-from tests.node.engine_rig import Answer, running
+from tests.node.engine_rig import Answer, running, until
 
 GREEDY = Sampling(temperature=0)
 
@@ -240,3 +241,28 @@ def test_a_gpu_is_known_by_its_uuid_whatever_its_number(tmp_path: Path) -> None:
 
 def test_the_host_shows_its_cpu_as_a_device() -> None:
     assert any(device.backend == "CPU" and device.memory_total_bytes > 0 for device in llama.devices())
+
+
+def test_random_arrivals_and_cancels_leave_every_cell_free(tiny_model: Path) -> None:
+    dice = np.random.default_rng(5)
+    backend = llama.load(LlamaOptions(tiny_model, slots=4, n_ctx=256, kv_cells=512, n_batch=48))
+    fatal: list[FatalEngineError] = []
+    with running(backend, Limits(queue_limit=100), on_fatal=fatal.append) as engine:
+        answers = []
+        for number in range(60):
+            prompt = tuple(dice.integers(3, 30000, int(dice.integers(1, 200))).tolist())
+            answers.append(Answer())
+            id = engine.submit(Ask(prompt, Sampling(seed=number), max_tokens=int(dice.integers(1, 40))), answers[-1])
+            if number % 4 == 0:
+                engine.cancel(id)
+        for answer in answers:
+            assert answer.done.finish in Finish
+        until(lambda: engine.stats().load.running == 0 and engine.stats().step_deadline is None)
+        last = Answer()
+        engine.submit(Ask((1, 2, 3), GREEDY, max_tokens=2), last)
+        assert last.done.usage.completion_tokens == 2
+        until(lambda: engine.stats().load.running == 0)
+        steps = engine.stats().heartbeat
+        until(lambda: engine.stats().heartbeat > steps)  # an idle tick, which compares the account with llama.cpp's
+    assert fatal == []
+    assert engine.stats().timings.failed == 0

@@ -5,8 +5,7 @@ from __future__ import annotations
 import itertools
 import random
 import threading
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from llmnode.engine.fake import END, FakeBackend
 from llmnode.engine.loop import Engine, Limits
 from llmnode.engine.types import Ask, Done, Event, Finish, Sampling, Sink, Text
 from llmnode.wire.errors import ContextLengthExceeded, InvalidRequest, Overloaded
-from tests.node.engine_rig import PATIENCE_S, Answer, Steps, Watched, running
+from tests.node.engine_rig import PATIENCE_S, Answer, Steps, Watched, running, until
 
 ROOM = Room(slots=4, n_ctx=256, kv_cells=1024, n_batch=64)
 GREEDY = Sampling(temperature=0)
@@ -25,13 +24,6 @@ GREEDY = Sampling(temperature=0)
 
 def prompt(text: str) -> tuple[int, ...]:
     return tuple(text.encode())
-
-
-def until(condition: Callable[[], Any]) -> None:
-    deadline = time.monotonic() + PATIENCE_S
-    while not condition():
-        assert time.monotonic() < deadline, "it never came true"
-        time.sleep(0.002)
 
 
 def alone(ask: Ask, **options: Any) -> Answer:
