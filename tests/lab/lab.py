@@ -61,6 +61,7 @@ TOOLS = {  # what must be on the machine: a command, or a file when it has a sla
     "debootstrap": "debootstrap",
     "ip": "iproute2",
     "ssh": "openssh-client",
+    "curl": "curl",
     "nsenter": "util-linux",
     "/usr/share/keyrings/debian-archive-keyring.gpg": "debian-archive-keyring",
 }
@@ -520,12 +521,13 @@ def main(arguments: Sequence[str]) -> int:
     ssh.add_argument("rest", nargs=argparse.REMAINDER, metavar="COMMAND")
     execute = commands.add_parser("exec", help="run a command in the controller's network namespace: exec -- COMMAND")
     execute.add_argument("rest", nargs=argparse.REMAINDER, metavar="COMMAND")
-    deployment = commands.add_parser("deploy", help="deploy llmrack on the hosts; arguments go to ansible-playbook")
-    deployment.add_argument("rest", nargs=argparse.REMAINDER, metavar="ARGUMENT")
+    commands.add_parser("deploy", help="deploy llmrack on the hosts; further arguments go to ansible-playbook")
     for name in ("off", "on"):
         power = commands.add_parser(name, help=f"power one host {name}")
         power.add_argument("host", choices=ADDRESSES)
-    given = parser.parse_args(arguments)
+    given, further = parser.parse_known_args(arguments)
+    if further and given.command != "deploy":
+        parser.error(f"unknown arguments: {' '.join(further)}")
     places = Places.of(dict(os.environ))
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # so that an ended `up` cleans up after itself, too
     try:
@@ -544,7 +546,7 @@ def main(arguments: Sequence[str]) -> int:
         elif given.command == "exec":
             enter(places, given.rest[1:] if given.rest[:1] == ["--"] else given.rest)
         elif given.command == "deploy":
-            deploy(places, given.rest)
+            deploy(places, further)
         elif given.command == "off":
             with only_one(places):
                 end(given.host, places)

@@ -1,0 +1,193 @@
+"""Promises of a deployed fleet, on three real systemd hosts: see lab.py. The tests share one deployment, in order."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.lab import lab
+from tests.processes import wait_for
+
+ROOT = Path(__file__).resolve().parents[2]
+LAB = [sys.executable, str(ROOT / "tests/lab/lab.py")]
+SECRETS = ROOT / "inventory/lab/.secrets"
+GATE = "http://198.18.0.11:8000"
+NODES = {"lab2-main": "lab2", "lab3-main": "lab3"}
+
+pytestmark = [
+    pytest.mark.lab,
+    pytest.mark.timeout(1500),
+    pytest.mark.skipif(os.geteuid() != 0, reason="the lab boots containers, which takes root"),
+    pytest.mark.skipif(
+        bool(lab.missing_packages()), reason=f"missing: {', '.join(lab.missing_packages())} (`lab.py prepare`)"
+    ),
+]
+
+
+def run(*command: str, patience_s: float = 900) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command, cwd=ROOT, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=patience_s
+    )
+
+
+def on(host: str, command: str) -> str:
+    done = run(*LAB, "ssh", host, command)
+    assert done.returncode == 0, f"{command}: {done.stderr}{done.stdout}"
+    return done.stdout.strip()
+
+
+def deploy(*arguments: str) -> str:
+    return accepted(run(*LAB, "deploy", *arguments))
+
+
+def play(name: str, *arguments: str) -> str:
+    ansible = str(Path(sys.executable).with_name("ansible-playbook"))
+    return accepted(run(*LAB, "exec", "--", ansible, "-i", "inventory/lab", f"playbooks/{name}.yml", *arguments))
+
+
+def accepted(done: subprocess.CompletedProcess[str]) -> str:
+    assert done.returncode == 0, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def changes(output: str) -> dict[str, int]:
+    """Host -> number of changed tasks, from a play's recap."""
+    recap = output[output.index("PLAY RECAP") :]
+    return {host: int(count) for host, count in re.findall(r"^(\S+)\s+:.*?changed=(\d+)", recap, re.MULTILINE)}
+
+
+@dataclasses.dataclass
+class Fleet:
+    """The deployed fleet, seen from inside the lab's network."""
+
+    output: str  # of the first deployment
+
+    def get(self, path: str, key: str = "operator-key") -> dict[str, Any] | None:
+        secret = (SECRETS / key).read_text().strip()
+        done = run(*LAB, "exec", "--", "curl", "-sS", "-m", "10", "-H", f"Authorization: Bearer {secret}", GATE + path)
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
+    def nodes(self) -> dict[str, dict[str, Any]]:
+        seen = self.get("/admin/nodes")
+        return {node["name"]: node for node in seen["nodes"]} if seen else {}
+
+    def all_usable(self) -> bool:
+        nodes = self.nodes()
+        return set(nodes) == set(NODES) and all(node["usable"] for node in nodes.values())
+
+
+@pytest.fixture(scope="module")
+def fleet() -> Iterator[Fleet]:
+    """Hosts that had nothing on them, after one deployment. The lab is removed in the end."""
+    accepted(run(*LAB, "down"))
+    accepted(run(*LAB, "up"))
+    try:
+        yield Fleet(deploy())
+    finally:
+        accepted(run(*LAB, "down"))
+
+
+def test_the_curl_that_a_deployment_prints_streams_an_answer(fleet: Fleet) -> None:
+    printed = re.search(r"curl -N .*?\}'", fleet.output, re.DOTALL)
+    assert printed, fleet.output[-2000:]
+    answer = accepted(run(*LAB, "exec", "--", "sh", "-c", printed[0]))
+    events = [line for line in answer.splitlines() if line.startswith("data: ")]
+    assert len(events) > 3 and events[-1] == "data: [DONE]"
+    assert "chat.completion.chunk" in events[0]
+
+
+def test_a_second_deployment_changes_nothing(fleet: Fleet) -> None:
+    boots = {name: node["boot"] for name, node in fleet.nodes().items()}
+    assert changes(deploy()) == {"lab1": 0, "lab2": 0, "lab3": 0}
+    assert {name: node["boot"] for name, node in fleet.nodes().items()} == boots
+
+
+def test_check_mode_works_on_a_deployed_fleet(fleet: Fleet) -> None:
+    assert changes(deploy("--check", "--diff")) == {"lab1": 0, "lab2": 0, "lab3": 0}
+
+
+def test_a_limited_deployment_does_not_shorten_the_gates_list(fleet: Fleet) -> None:
+    assert changes(deploy("--limit", "lab1"))["lab1"] == 0
+    assert set(fleet.nodes()) == set(NODES)
+
+
+def test_secrets_stay_out_of_the_output_and_of_the_units(fleet: Fleet) -> None:
+    secrets = [path.read_text().strip() for path in SECRETS.iterdir()]
+    assert len(secrets) == 3 and all(len(secret) >= 24 for secret in secrets)
+    assert all(path.stat().st_mode & 0o777 == 0o600 for path in SECRETS.iterdir())
+    shown = fleet.output + on("lab2", "systemctl show llmnode@main; journalctl -u llmnode@main")
+    shown += on("lab1", "systemctl show llmgate; journalctl -u llmgate; cat /etc/llmrack/*.toml")
+    assert not [secret for secret in secrets if secret in shown]
+    assert on("lab2", "stat -c '%a %U' /etc/llmrack/fleet-token") == "600 root"
+
+
+@pytest.mark.parametrize(("host", "unit"), [("lab1", "llmgate"), ("lab2", "llmnode@main")])
+def test_the_units_are_locked_down_on_the_host(fleet: Fleet, host: str, unit: str) -> None:
+    said = on(host, f"systemd-analyze security --no-pager {unit} | tail -1")
+    score = re.search(r"([\d.]+) OK", said)
+    assert score and float(score[1]) <= 1.6, said
+    assert on(host, f"stat -c %U /proc/$(systemctl show --value -p MainPID {unit})") == "llmrack"
+
+
+def test_a_killed_node_comes_back_and_the_gate_notices_both_ways(fleet: Fleet) -> None:
+    wait_for(fleet.all_usable, "both nodes to be usable")
+    before = fleet.nodes()["lab2-main"]["boot"]
+    since = on("lab1", "date +'%F %T'")
+    on("lab2", "systemctl kill --signal=KILL llmnode@main")
+    wait_for(lambda: fleet.all_usable() and fleet.nodes()["lab2-main"]["boot"] != before, "lab2-main to come back")
+    assert on("lab2", "systemctl is-active llmnode@main") == "active"
+    log = on("lab1", f"journalctl -u llmgate -o cat --since '{since}'")
+    assert "node lab2-main takes no work" in log and "node lab2-main is up" in log
+
+
+def test_a_drained_node_gets_no_requests_until_it_is_undrained(fleet: Fleet) -> None:
+    play("drain", "--limit", "lab2")
+    node = fleet.nodes()["lab2-main"]
+    assert not node["usable"] and node["lease"]["owner"] == "operator" and node["lease"]["ttl_seconds"] is None
+    table = play("status")
+    assert re.search(r"lab2-main\s+.*operator \(stays\)", table)
+    assert "drifted" not in table
+    play("undrain", "--limit", "lab2")
+    wait_for(fleet.all_usable, "lab2-main to be usable again")
+
+
+def test_a_restart_rolls_both_nodes_while_requests_are_answered(fleet: Fleet) -> None:
+    wait_for(fleet.all_usable, "both nodes to be usable")
+    before = {name: node["boot"] for name, node in fleet.nodes().items()}
+    key = (SECRETS / "client-key").read_text().strip()
+    load = subprocess.Popen(
+        [*LAB, "exec", "--", sys.executable, str(ROOT / "tests/lab/load.py"), GATE, key, "tiny", "3"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    try:
+        output = play("restart")
+    finally:
+        told, _ = load.communicate(timeout=150)
+    result = json.loads(told)
+    after = {name: node["boot"] for name, node in fleet.nodes().items()}
+    assert all(after[name] != before[name] for name in NODES), output[-3000:]
+    assert result["failed"] == []
+    assert result["answered"] > 20
+    assert all(node["lease"] is None for node in fleet.nodes().values())
+
+
+def test_down_leaves_nothing_behind(fleet: Fleet) -> None:
+    places = lab.Places.of(dict(os.environ))
+    processes = [lab.process_of(host, places) for host in lab.ADDRESSES]
+    assert all(processes)
+    accepted(run(*LAB, "down"))
+    assert not [process for process in processes if process and process.alive]
+    assert not [name for name in lab.namespaces() if name.startswith("llmrack-")]
+    assert "llmrack-lab" not in Path("/proc/self/mounts").read_text()
+    assert not [group for host in lab.ADDRESSES for group in lab.cgroups_of(host) if group.exists()]
+    assert not places.run.exists()
+    assert run(*LAB, "ssh", "lab1", "true").returncode == 1
