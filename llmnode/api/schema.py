@@ -201,7 +201,7 @@ class Fields:
             value = self.get(name)
             if value is not None and not any(_same(value, n) for n in neutral):
                 raise InvalidRequest(
-                    f"{name} is not supported by this server, got {_show(value)}",
+                    f"{self._where}{name} is not supported by this server, got {_show(value)}",
                     param=self._where + name,
                     code="unsupported_parameter",
                 )

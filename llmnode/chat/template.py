@@ -60,7 +60,7 @@ class ChatTemplate:
         Raises InvalidRequest naming `messages` when the template refuses them or cannot make sense of them.
         """
         try:
-            return self._template.render(messages=[dict(m) for m in messages], add_generation_prompt=True, tools=None)
+            return self._template.render(messages=[dict(m) for m in messages], add_generation_prompt=True)
         except _Refused as refusal:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {refusal}", param="messages"

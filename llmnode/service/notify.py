@@ -37,22 +37,24 @@ class Notifier:
         self._send(f"READY=1\nSTATUS={status}")
 
     def status(self, text: str) -> None:
-        self._send(f"STATUS={text}")
+        self._send(f"STATUS={text}", socket.MSG_DONTWAIT)
 
     def stopping(self, status: str) -> None:
         self._send(f"STOPPING=1\nSTATUS={status}")
 
     def watchdog(self) -> None:
-        self._send("WATCHDOG=1")
+        self._send("WATCHDOG=1", socket.MSG_DONTWAIT)
 
     def extend_timeout(self, seconds: float) -> None:
         """Ask for more time to start or stop, from now; renew it while progress is made."""
         self._send(f"EXTEND_TIMEOUT_USEC={int(seconds * 1e6)}")
 
-    def _send(self, message: str) -> None:
+    def _send(self, message: str, flags: int = 0) -> None:
+        """What is said once waits for room in the manager's queue; what is said again soon does not: an event loop that
+        stands still for a status line would be worse than a lost one."""
         if self._socket is None:
             return
         try:
-            self._socket.sendto(message.encode(), self._address)
+            self._socket.sendto(message.encode(), flags, self._address)
         except OSError:
             pass
