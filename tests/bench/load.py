@@ -43,7 +43,9 @@ async def closed_loop(url: str, asks: list[str], *, concurrency: int, max_tokens
     firsts: list[float] = []
     tokens = 0
     timeout = aiohttp.ClientTimeout(total=600)
-    async with aiohttp.ClientSession(timeout=timeout, connector=aiohttp.TCPConnector(limit=0)) as session:
+    # llama-server closes connections after a stream while it says keep-alive; new ones are fair to both.
+    connector = aiohttp.TCPConnector(limit=0, force_close=True)
+    async with aiohttp.ClientSession(timeout=timeout, connector=connector) as session:
 
         async def worker() -> None:
             nonlocal tokens

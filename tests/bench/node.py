@@ -52,9 +52,9 @@ SCENARIOS = [
 class Server:
     """A rival's process, ended when the `with` block ends."""
 
-    def __init__(self, name: str, command: list[str], port: int, folder: Path) -> None:
+    def __init__(self, name: str, command: list[str], port: int, folder: Path, ready: str) -> None:
         self.name, self.url, self.log = name, f"http://127.0.0.1:{port}", folder / f"{name}.log"
-        self._command = command
+        self._command, self._ready = command, ready
 
     def __enter__(self) -> Server:
         with self.log.open("wb") as out:
@@ -63,15 +63,17 @@ class Server:
         while True:
             if self.process.poll() is not None or time.monotonic() > end:
                 raise SystemExit(f"bench: {self.name} did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
-            for path in ("/ready", "/health"):
-                try:
-                    if httpx.get(self.url + path, timeout=5).status_code == 200:
-                        return self
-                except httpx.HTTPError:
-                    pass
+            try:
+                if httpx.get(self.url + self._ready, timeout=5).status_code == 200:
+                    return self
+            except httpx.HTTPError:
+                pass
             time.sleep(0.1)
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, failed: object, *_: object) -> None:
+        if failed or self.process.poll() is not None:
+            tail = self.log.read_text(errors="replace")[-2000:]
+            print(f"bench: {self.name}, code {self.process.poll()}, {self.url}, last words:\n{tail}", file=sys.stderr)
         self.process.terminate()
         try:
             self.process.wait(15)
@@ -94,10 +96,13 @@ def servers(model: Path, threads: int, folder: Path) -> tuple[Server, Server]:
             OURS,
             [
                 sys.executable, "-m", "llmnode", "serve", "--port", str(ours), "--model", str(model), "--threads",
-                str(threads), "--slots", str(SLOTS), "--n-ctx", str(CONTEXT),
+                str(threads), "--model-id",
+                "bench",
+                "--slots", str(SLOTS), "--n-ctx", str(CONTEXT),
             ],
             ours,
             folder,
+            "/ready",
         ),
         Server(
             RIVAL,
@@ -108,6 +113,7 @@ def servers(model: Path, threads: int, folder: Path) -> tuple[Server, Server]:
             ],
             rival,
             folder,
+            "/health",
         ),
     )  # fmt: skip
 
