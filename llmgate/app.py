@@ -75,6 +75,7 @@ class Gate:
         self._clock, self._wall = time.monotonic, time.time
         self._stop, self._hurry, self._reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
         self._status = ""
+        self._failure: BaseException | None = None
 
         self._view = View()
         self._view.apply(Listed(addresses))
@@ -111,6 +112,8 @@ class Gate:
                 loop.add_signal_handler(number, self._on_stop_signal)
             loop.add_signal_handler(signal.SIGHUP, self._reload.set)
             chores = [asyncio.create_task(self._housekeeping()), asyncio.create_task(self._watchdog())]
+            for chore in chores:
+                chore.add_done_callback(self._chore_ended)
             log.info("listening on http://%s:%d, %s", self._settings.host, sock.getsockname()[1], self._summary())
             if not len(self._ledger.keyring) and self._settings.require_keys:
                 log.warning("there is no API key yet, so every request is refused: llmgate keys create NAME")
@@ -119,6 +122,8 @@ class Gate:
             self._notifier.ready(self._summary())
             await self._stop.wait()
             await self._drain(server)
+            if self._failure:
+                raise self._failure
         finally:
             for chore in chores:
                 chore.cancel()
@@ -187,6 +192,13 @@ class Gate:
         if self._stop.is_set():
             self._hurry.set()
         self._stop.set()
+
+    def _chore_ended(self, chore: asyncio.Task[None]) -> None:
+        """A gate that can no longer look after itself drains and ends; the service manager starts a fresh one."""
+        if not chore.cancelled() and chore.exception():
+            self._failure = chore.exception()
+            log.critical("a part of the gate has failed, draining: %r", self._failure)
+            self._stop.set()
 
     def _take_contents(self, contents: Contents) -> None:
         self._view.apply(Leased(leases.live(contents.leases, self._wall())))

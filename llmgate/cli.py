@@ -3,8 +3,8 @@
     llmgate serve | check | settings | nodes | keys create|list|revoke | demo
 
 Exit codes: 0 done; 1 the answer is no (`nodes`: one is not ready; `keys`: no such key, or the name is taken);
-2 bad configuration or arguments; 4 the port is in use. Messages go to standard error, one line, without a traceback;
-results go to standard output.
+2 bad configuration or arguments; 4 the port is in use; 5 the database cannot be used (trying again may help: a full
+disk, a lock held too long). Messages go to standard error, one line, without a traceback; results to standard output.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown
 from llmnode.wire.node import Report
 
-OK, NO, BAD, PORT_IN_USE = 0, 1, 2, 4
+OK, NO, BAD, PORT_IN_USE, NO_STORE = 0, 1, 2, 4, 5
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -45,8 +45,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
     command: Callable[[argparse.Namespace], int] = options.command
     try:
         return command(options)
-    except (SettingError, StoreError) as error:
+    except SettingError as error:
         return _say(BAD, str(error))
+    except StoreError as error:
+        return _say(NO_STORE, str(error))
     except PortInUse as error:
         return _say(PORT_IN_USE, str(error))
 

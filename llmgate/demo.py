@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import ctypes
 import json
+import os
 import secrets
 import shlex
 import signal
@@ -102,6 +103,8 @@ class Demo:
         for number in range(1, self.nodes + 1):
             port = free_port()
             arguments = ["serve", "--name", f"node-{number}", "--port", str(port), "--model", str(self.model)]
+            # The nodes share this machine's cores: threads that wait for each other on a core burn it.
+            arguments += ["--threads", str(max(1, (os.cpu_count() or 1) // self.nodes))]
             self._add("llmnode", f"node-{number}", port, [*arguments, "--fleet-token-file", str(token)])
         nodes_file = self.folder / "nodes.toml"
         nodes_file.write_text("".join(f'[[nodes]]\nname = "{c.name}"\nurl = "{c.url}"\n\n' for c in self.children))

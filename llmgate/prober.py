@@ -73,9 +73,17 @@ class Prober:
             started = self._clock()
             node = self._fleet().nodes.get(name)
             if node is not None:
-                self._publish(await self._poll(node))
+                self._publish(await self._poll_safely(node))
                 self._say(name)
             await asyncio.sleep(max(0.0, started + self._interval_s - self._clock()))
+
+    async def _poll_safely(self, node: Node) -> Event:
+        """A poll that fails in a way nobody foresaw must not be the last one."""
+        try:
+            return await self._poll(node)
+        except Exception as error:
+            log.exception("polling node %s failed", node.name)
+            return Lost(node.name, f"polling it failed: {error!r}")
 
     async def _poll(self, node: Node) -> Event:
         """One poll, as the event to publish."""

@@ -1,8 +1,8 @@
 """What machines ask of the gate itself, without a key: /health, /ready, /metrics.
 
 /health: the process answers, and says which release and settings it runs: the playbooks restart it when these are not
-the wanted ones. /ready: 200 while at least one node takes work and the gate is not draining, so that a
-load balancer in front of several gates sends requests only where they can be answered; 503 says why.
+the wanted ones. /ready: 200 while at least one node takes work and the gate is not draining, so that a load balancer
+in front of several gates sends requests only where they can be answered; 503 says why.
 """
 
 from __future__ import annotations

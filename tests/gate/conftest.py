@@ -39,9 +39,11 @@ class GateUnderTest:
         draft.write_text("".join(f'[[nodes]]\nname = "{n.name}"\nurl = "{n.url}"\n\n' for n in nodes))
         draft.replace(self.nodes_file)
 
-    def cli(self, *arguments: str) -> subprocess.CompletedProcess[str]:
+    def cli(self, *arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
+        """Run one llmgate command on this gate's state, with `said` on its standard input."""
         return subprocess.run(
             [sys.executable, "-m", "llmgate", *arguments, "--state-dir", str(self.state)],
+            input=said,
             capture_output=True,
             text=True,
             timeout=60,

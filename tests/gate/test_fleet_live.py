@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import signal
 import socket
 import threading
@@ -10,9 +11,10 @@ from collections.abc import Callable
 import httpx
 import pytest
 
+from llmnode.service.release import release
 from tests.gate.conftest import GateUnderTest
 from tests.gate.mock_node import MockNode
-from tests.processes import wait_for
+from tests.processes import free_port, wait_for
 
 Mock = Callable[..., MockNode]
 Two = tuple[GateUnderTest, MockNode, MockNode]
@@ -304,6 +306,16 @@ def test_systemd_hears_ready_status_stopping_and_the_watchdog(gate: GateUnderTes
         assert gate.program.wait() == 0
 
 
+def test_health_says_which_release_and_configuration_run(gate: GateUnderTest, mock: Mock) -> None:
+    gate.list_nodes(mock("a"))
+    config = gate.folder / "llmgate.toml"
+    config.write_text("tries = 2\n")
+    gate.run("--config", str(config))
+    health = httpx.get(gate.url + "/health").json()
+    assert health["config"] == hashlib.sha256(config.read_bytes()).hexdigest()[:16]
+    assert health["release"] == release()
+
+
 def test_bad_configuration_is_exit_2_and_one_clear_line(gate: GateUnderTest, mock: Mock) -> None:
     def refused(*options: str) -> str:
         done = gate.cli("serve", *options)
@@ -337,13 +349,14 @@ def test_a_port_in_use_is_exit_4_and_named(two: Two) -> None:
     assert len(done.stderr.strip().splitlines()) == 1
 
 
-def test_a_database_that_is_none_is_exit_2(gate: GateUnderTest, mock: Mock) -> None:
+def test_a_database_that_is_none_is_exit_5(gate: GateUnderTest, mock: Mock) -> None:
     gate.list_nodes(mock("a"))
     gate.state.mkdir()
     (gate.state / "llmgate.db").write_text("this is no database, and long enough to be looked at" * 20)
-    done = gate.cli("serve", "--nodes-file", str(gate.nodes_file), "--port", "18999")
-    assert done.returncode == 2, done.stderr
+    done = gate.cli("serve", "--nodes-file", str(gate.nodes_file), "--port", str(free_port()))
+    assert done.returncode == 5, done.stderr
     assert "llmgate.db" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 def test_the_nodes_command_shows_each_node(two: Two) -> None:
