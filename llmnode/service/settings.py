@@ -88,7 +88,7 @@ class Loaded(Generic[T]):
     """Settings with the provenance of each value.
 
     `sources` maps a setting's name to "flag", "environment VAR", "file PATH" or "default".
-    `digest` is the first 16 hex digits of the SHA-256 of the file's bytes ("" without a file): the playbooks compare it.
+    `digest`: first 16 hex digits of the SHA-256 of the file's bytes ("" without a file): the playbooks compare it.
     """
 
     values: T

@@ -1,7 +1,7 @@
 """Names of the HTTP headers that clients, gate and nodes exchange."""
 
 REQUEST_ID = "x-request-id"
-"""Accepted from the client when it is 1-128 characters of [A-Za-z0-9._-], else made; echoed, logged, sent to the node."""
+"""Accepted from the client if it is 1-128 characters of [A-Za-z0-9._-], else made; echoed, logged, sent to nodes."""
 
 IGNORED = "x-llmrack-ignored"
 """Response: comma-separated names of request fields that were accepted as advice and had no effect."""

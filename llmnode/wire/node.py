@@ -46,7 +46,7 @@ class Usage:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that the node serves. `n_ctx` is the most tokens that one request may hold, prompt and answer together."""
+    """A model that the node serves. `n_ctx`: tokens that one request may hold, prompt and answer together."""
 
     id: str
     aliases: tuple[str, ...] = ()
