@@ -1,0 +1,204 @@
+"""Promises of roles and playbooks that need no host: what they accept, what they refuse, what their units may do."""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
+PLAYBOOKS = sorted(path.name for path in (ROOT / "playbooks").glob("*.yml"))
+INVENTORIES = sorted(path.name for path in (ROOT / "inventory").iterdir() if path.is_dir())
+MOST_EXPOSED = 1.6
+
+
+def ansible(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name(program)), *(str(argument) for argument in arguments)]
+    # Modules run with this Python, whatever the machine has for one.
+    environment = {**os.environ, "ANSIBLE_PYTHON_INTERPRETER": sys.executable}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=250
+    )
+
+
+def read(path: Path) -> Any:
+    return yaml.safe_load(path.read_text())
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_roles_argument_specs_say_what_its_defaults_are(role: str) -> None:
+    options = read(ROOT / "roles" / role / "meta/argument_specs.yml")["argument_specs"]["main"]["options"]
+    defaults = read(ROOT / "roles" / role / "defaults/main.yml")
+    assert {name: option.get("default") for name, option in options.items()} == defaults
+    assert all(option["description"] for option in options.values())
+
+
+@pytest.mark.parametrize("playbook", PLAYBOOKS)
+def test_a_playbook_is_well_formed(playbook: str) -> None:
+    checked = ansible("ansible-playbook", "-i", "inventory/example", f"playbooks/{playbook}", "--syntax-check")
+    assert checked.returncode == 0, checked.stderr
+
+
+@pytest.mark.parametrize("inventory", INVENTORIES)
+def test_an_inventory_has_a_gate_and_instances_of_models_in_its_catalogue(inventory: str) -> None:
+    told = ansible("ansible-inventory", "-i", f"inventory/{inventory}", "--list")
+    seen = json.loads(told.stdout)
+    assert seen["llmgate"]["hosts"]
+    hosts = seen["_meta"]["hostvars"]
+    serving = [variables for variables in hosts.values() if variables.get("llmnode_instances")]
+    assert serving
+    for variables in serving:
+        assert {instance["model"] for instance in variables["llmnode_instances"]} <= set(variables["llmrack_models"])
+
+
+@pytest.mark.parametrize("playbook", [name for name in PLAYBOOKS if name != "preflight.yml"])
+def test_an_inventory_without_a_gate_is_refused(playbook: str, tmp_path: Path) -> None:
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text("llmnode: {hosts: {nowhere.invalid: }}\n")
+    refused = ansible("ansible-playbook", "-i", inventory, f"playbooks/{playbook}")
+    assert refused.returncode != 0
+    assert "The inventory has no gate: put at least one host into the group llmgate" in _flat(refused.stdout)
+    assert not (tmp_path / ".secrets").exists()
+
+
+def test_an_inventory_without_an_instance_is_refused(tmp_path: Path) -> None:
+    inventory = tmp_path / "hosts.yml"
+    inventory.write_text("llmgate: {hosts: {nowhere.invalid: }}\n")
+    refused = ansible("ansible-playbook", "-i", inventory, "playbooks/deploy.yml")
+    assert refused.returncode != 0
+    assert "The inventory has no llmnode instance: set llmnode_instances" in _flat(refused.stdout)
+
+
+def test_a_model_that_is_not_in_the_catalogue_is_named(tmp_path: Path) -> None:
+    said = _role(tmp_path, "llmrack_model", {"llmrack_models": {}, "llmrack_model_wanted": ["ghost"]})
+    assert said.returncode != 0
+    assert "llmrack_models has no model ghost" in _flat(said.stdout)
+
+
+def test_a_model_that_is_not_on_the_controller_is_named(tmp_path: Path) -> None:
+    models = {"ghost": {"src": str(tmp_path / "ghost.gguf")}}
+    said = _role(tmp_path, "llmrack_model", {"llmrack_models": models, "llmrack_model_wanted": ["ghost"]})
+    assert said.returncode != 0
+    assert f"{tmp_path}/ghost.gguf does not exist" in _flat(said.stdout)
+
+
+def test_a_model_that_arrives_broken_is_not_put_in_place(tmp_path: Path) -> None:
+    (tmp_path / "m.gguf").write_bytes(b"GGUF, or so it says")
+    models = {"m": {"src": str(tmp_path / "m.gguf"), "sha256": "0" * 64}}
+    given = {"llmrack_models": models, "llmrack_model_wanted": ["m"], "llmrack_model_dir": str(tmp_path / "models")}
+    said = _role(tmp_path, "llmrack_model", given)
+    if "chown failed" in said.stdout:
+        pytest.skip("making files that root owns takes root")
+    assert said.returncode != 0
+    assert "failed to validate" in said.stdout
+    assert not list((tmp_path / "models").iterdir())
+
+
+def test_an_unsupported_system_is_named(tmp_path: Path) -> None:
+    facts = {"distribution": "Plan9", "distribution_version": "4", "distribution_major_version": "4"}
+    said = _role(tmp_path, "llmrack_host", {"ansible_facts": facts}, gather=False)
+    assert said.returncode != 0
+    assert "localhost runs Plan9 4; llmrack supports Debian 12 and 13, Ubuntu 22.04 and 24.04." in _flat(said.stdout)
+
+
+@pytest.fixture(scope="module")
+def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with every unit as Ansible renders it: gate/, and one for each kind of GPU."""
+    folder = tmp_path_factory.mktemp("units")
+    tasks = []
+    for kind in ("none", "nvidia", "amd"):
+        (folder / kind).mkdir()
+        for name in ("llmnode@.service", "llmrack-nvidia.service"):
+            tasks.append(_template("llmnode", name, folder / kind, {"llmnode_gpu": kind}))
+    (folder / "gate").mkdir()
+    tasks.append(_template("llmgate", "llmgate.service", folder / "gate", {}))
+    defaults = [str(ROOT / "roles" / role / "defaults/main.yml") for role in ("llmnode", "llmgate")]
+    play = {"hosts": "localhost", "gather_facts": False, "vars_files": defaults, "tasks": tasks}
+    (folder / "play.yml").write_text(yaml.safe_dump([play]))
+    rendered = ansible("ansible-playbook", "-i", "localhost,", "-c", "local", folder / "play.yml")
+    assert rendered.returncode == 0, rendered.stdout + rendered.stderr
+    return folder
+
+
+needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="systemd-analyze is not on this machine")
+
+
+@needs_systemd
+@pytest.mark.parametrize(
+    "unit", ["gate/llmgate.service", "none/llmnode@.service", "nvidia/llmnode@.service", "amd/llmnode@.service"]
+)
+def test_a_unit_is_hardly_exposed(units: Path, unit: str) -> None:
+    told = _systemd("security", "--offline=true", "--no-pager", units / unit)
+    score = re.search(r"exposure level for \S+: ([\d.]+)", told)
+    assert score, told
+    assert float(score[1]) <= MOST_EXPOSED, told
+
+
+@needs_systemd
+@pytest.mark.parametrize("kind", ["none", "nvidia", "amd", "gate"])
+def test_systemd_has_nothing_to_say_about_a_unit(units: Path, kind: str, tmp_path: Path) -> None:
+    """Every line is known to systemd and says something it understands; only the programs are not there yet."""
+    for unit in (units / kind).iterdir():
+        text = re.sub(r"(/opt/llmrack/current/bin/llm\w+|/usr/bin/nvidia-\w+)", "/bin/true", unit.read_text())
+        (tmp_path / unit.name.replace("@", "@a")).write_text(text)
+    told = _systemd("verify", *tmp_path.iterdir())
+    assert not [line for line in told.splitlines() if "llm" in line], told
+
+
+def test_only_instances_with_gpus_see_devices(units: Path) -> None:
+    assert "PrivateDevices=yes" in (units / "none/llmnode@.service").read_text()
+    nvidia = (units / "nvidia/llmnode@.service").read_text()
+    assert "PrivateDevices=no" in nvidia and "DevicePolicy=closed" in nvidia
+    for device in ("char-nvidia", "char-nvidia-frontend", "char-nvidia-caps", "/dev/nvidiactl", "/dev/nvidia-uvm"):
+        assert f"DeviceAllow={device} rw\n" in nvidia
+    assert "DeviceAllow=/dev/kfd rw\n" in (units / "amd/llmnode@.service").read_text()
+
+
+def test_systemd_waits_longer_than_a_drain(units: Path) -> None:
+    drains = read(ROOT / "roles/llmnode/defaults/main.yml")["llmnode_drain_seconds"]
+    waits = re.search(r"^TimeoutStopSec=(\d+)$", (units / "none/llmnode@.service").read_text(), re.MULTILINE)
+    assert waits and int(waits[1]) > drains
+
+
+def test_a_collection_is_built_from_the_root_without_secrets(tmp_path: Path) -> None:
+    built = ansible("ansible-galaxy", "collection", "build", "--output-path", tmp_path)
+    assert built.returncode == 0, built.stderr
+    (archive,) = tmp_path.glob("llmrack-llmrack-*.tar.gz")
+    listing = subprocess.run(["tar", "-tzf", archive], text=True, capture_output=True, check=True).stdout.splitlines()
+    assert "roles/llmnode/tasks/main.yml" in listing and "playbooks/deploy.yml" in listing
+    assert not [name for name in listing if ".secrets" in name or name.startswith((".git/", ".venv"))]
+
+
+def _flat(text: str) -> str:
+    """Text as a person reads it: Ansible wraps messages."""
+    return " ".join(text.split())
+
+
+def _role(folder: Path, role: str, variables: dict[str, Any], gather: bool = True) -> subprocess.CompletedProcess[str]:
+    """Run one role on this machine. It must stop before it changes anything outside of `folder`."""
+    play = {"hosts": "localhost", "gather_facts": gather, "vars": variables, "roles": [role]}
+    if gather:
+        play["gather_subset"] = ["!all", "min"]
+    path = folder / "play.yml"
+    path.write_text(yaml.safe_dump([play]))
+    return ansible("ansible-playbook", "-i", "localhost,", "-c", "local", path)
+
+
+def _template(role: str, name: str, folder: Path, variables: dict[str, Any]) -> dict[str, Any]:
+    source = ROOT / "roles" / role / "templates" / f"{name}.j2"
+    return {"ansible.builtin.template": {"src": str(source), "dest": f"{folder}/{name}"}, "vars": variables}
+
+
+def _systemd(verb: str, *arguments: str | Path) -> str:
+    command = ["systemd-analyze", verb, *(str(argument) for argument in arguments)]
+    done = subprocess.run(command, text=True, capture_output=True, stdin=subprocess.DEVNULL)
+    return done.stdout + done.stderr
