@@ -314,12 +314,15 @@ class Life:
             await asyncio.sleep(_STATUS_EVERY_S)
 
     async def _feed_watchdog(self, every_s: float) -> None:
-        """Only a node that can still do its work feeds the watchdog; systemd ends the others."""
+        """Only a node that can still do its work feeds the watchdog; systemd ends the others.
+
+        systemd begins to count with READY=1: until then there is nothing to feed.
+        """
         while True:
             trouble = self._serving.trouble()
             if trouble:
                 log.error("the watchdog is not fed: %s", trouble)
-            else:
+            elif self._serving.state is not State.LOADING:
                 self._notifier.watchdog()
             await asyncio.sleep(every_s)
 

@@ -211,7 +211,7 @@ def test_systemd_is_told_of_each_stage(start: Start, systemd: Systemd) -> None:
 
 def test_a_manager_that_does_not_listen_holds_up_nobody(start: Start, systemd: Systemd) -> None:
     """Its socket is there and nothing reads it, so the queue between the two is full after some messages."""
-    node = start("llmnode", "--backend", "fake", env={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "2000"})
+    node = start("llmnode", "--backend", "fake", env={"NOTIFY_SOCKET": str(systemd.path), "WATCHDOG_USEC": "20000"})
     node.ready()
     for _ in range(20):
         assert httpx.get(node.url + "/health", timeout=10).status_code == 200

@@ -229,7 +229,8 @@ def test_a_full_queue_is_a_503_with_retry_after(start: Start) -> None:
     node.ready()
     asked = {"messages": MESSAGES, "ignore_eos": True, "stream": True}
     with httpx.stream("POST", node.url + "/v1/chat/completions", json=asked, timeout=60) as held:
-        next(held.iter_raw())
+        pieces = held.iter_raw()  # kept: a dropped iterator closes its response, and the slot would be free again
+        next(pieces)
         answer = httpx.post(node.url + "/v1/chat/completions", json=asked, timeout=60)
         error = refused(answer, 503)
         assert error["code"] == "overloaded"
