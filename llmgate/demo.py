@@ -12,6 +12,7 @@ import json
 import os
 import secrets
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -196,7 +197,9 @@ class Demo:
                 parts = "  ".join(f"{child.name}: {child.status}" for child in self.children)
                 elapsed = time.monotonic() - started
                 if sys.stdout.isatty():
-                    sys.stdout.write(f"\r\x1b[K{parts}  ({elapsed:.0f} s)")
+                    line = f"{elapsed:3.0f} s  {parts}"
+                    # Cut to the terminal: a line that wraps could not be overwritten.
+                    sys.stdout.write("\r\x1b[K" + line[: shutil.get_terminal_size().columns - 1])
                     sys.stdout.flush()
                 elif parts != shown:
                     self.say(parts)
@@ -204,7 +207,8 @@ class Demo:
                 if elapsed > START_LIMIT_S:
                     raise DemoError(f"not ready after {START_LIMIT_S:.0f} s ({parts}); the logs are in {self.folder}")
                 time.sleep(0.1)
-        self.say(f"{chr(13) if sys.stdout.isatty() else ''}ready after {time.monotonic() - started:.1f} s: {shown}")
+        clear = "\r\x1b[K" if sys.stdout.isatty() else ""
+        self.say(f"{clear}ready after {time.monotonic() - started:.1f} s: {shown}")
 
 
 def run(model: Path, *, nodes: int, once: bool, question: str) -> int:

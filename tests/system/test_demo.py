@@ -77,7 +77,9 @@ def test_a_killed_node_is_started_again(tiny_model: Path, tmp_path: Path) -> Non
 def test_children_do_not_outlive_a_killed_demo(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with out.open("w") as file:
-        demo = subprocess.Popen(command(tiny_model), stdout=file, stderr=subprocess.STDOUT)
+        # What it cannot clean up any more goes with this test's own folder.
+        environment = {**os.environ, "TMPDIR": str(tmp_path)}
+        demo = subprocess.Popen(command(tiny_model), stdout=file, stderr=subprocess.STDOUT, env=environment)
     try:
         wait_for(lambda: "Serving until Ctrl-C" in out.read_text() or demo.poll() is not None, "a serving demo")
         children = descendants(demo.pid)
