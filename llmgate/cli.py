@@ -33,7 +33,7 @@ from llmgate.settings import PREFIX, Address, Settings
 from llmnode.service import logs
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
-from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown
+from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown, printed
 from llmnode.wire.node import Report
 
 OK, NO, BAD, PORT_IN_USE, NO_STORE = 0, 1, 2, 4, 5
@@ -157,8 +157,7 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> int:
-    print(markdown(Settings, PREFIX) if options.markdown else listing(_load(options), PREFIX))
-    return OK
+    return OK if printed(markdown(Settings, PREFIX) if options.markdown else listing(_load(options), PREFIX)) else NO
 
 
 def _nodes(options: argparse.Namespace) -> int:

@@ -17,7 +17,7 @@ from llmnode.chat.template import ChatTemplate, TemplateError
 from llmnode.engine.backend import ModelLoadError
 from llmnode.service import logs
 from llmnode.service.release import release
-from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown, rows
+from llmnode.service.settings import Loaded, SettingError, add_flags, listing, load, markdown, printed, rows
 from llmnode.settings import PREFIX, Settings, read
 
 
@@ -26,21 +26,25 @@ def main(arguments: Sequence[str] | None = None) -> int:
     asked, unknown = _parser().parse_known_args(arguments)
     if unknown:
         return _complain(f"unknown argument {unknown[0]}{_nearest(unknown[0])}", app.Exit.CONFIGURATION)
-    if asked.command == "settings" and asked.markdown:
-        print(markdown(Settings, PREFIX))
-        return app.Exit.OK
     try:
+        if asked.command == "settings":
+            return _settings(asked)
         loaded = read(vars(asked))
         token = _token(loaded.values)
         template = _template(loaded.values)
     except SettingError as error:
         return _complain(error, app.Exit.CONFIGURATION)
-    if asked.command == "settings":
-        print(listing(loaded, PREFIX))
-        return app.Exit.OK
     if asked.command == "check":
         return _check(loaded.values, template)
     return _serve(loaded, token, template)
+
+
+def _settings(asked: argparse.Namespace) -> int:
+    """Print the table: also of settings that cannot be served with, since that is when people look at it."""
+    page = markdown(Settings, PREFIX)
+    if not asked.markdown:
+        page = listing(load(Settings, flags=vars(asked), prefix=PREFIX), PREFIX)
+    return app.Exit.OK if printed(page) else app.Exit.CONFIGURATION
 
 
 def _check(settings: Settings, template: str | None) -> int:

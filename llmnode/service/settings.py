@@ -175,6 +175,17 @@ def markdown(table: type[Any], prefix: str) -> str:
     return "\n".join(lines)
 
 
+def printed(page: str) -> bool:
+    """Print a page to standard output; False when its reader has left early, as `| head` does."""
+    try:
+        print(page, flush=True)
+    except BrokenPipeError:
+        # The interpreter flushes once more at its end and would complain; so nothing is left to write to.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return False
+    return True
+
+
 def show(value: Any) -> str:
     """A value as the TOML file or a flag would spell it."""
     if value is None:

@@ -142,3 +142,16 @@ def test_version_and_help_are_there() -> None:
     assert llmnode("--version").stdout.startswith("llmnode ")
     shown = llmnode("serve", "--help").stdout
     assert all(row.flag in shown for row in rows(Settings))
+
+
+def test_settings_are_shown_also_where_none_can_be_served_with() -> None:
+    done = llmnode("settings")
+    assert done.returncode == 0, done.stderr
+    assert "n_batch" in done.stdout
+
+
+def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
+    command = f"{sys.executable} -m llmnode settings | head -n 1"
+    done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.startswith("name ")
+    assert done.stderr == ""
