@@ -19,6 +19,7 @@ import argparse
 import contextlib
 import dataclasses
 import fcntl
+import functools
 import hashlib
 import json
 import os
@@ -90,6 +91,11 @@ class Places:
     @property
     def ssh_config(self) -> Path:
         return self.run / "ssh_config"
+
+    @property
+    def image(self) -> Path:
+        """Holds the name of the image that the hosts run."""
+        return self.run / "image"
 
     @property
     def model(self) -> Path:
@@ -382,7 +388,7 @@ def remove_cgroup(group: Path) -> None:
         return
     below = sorted((path for path in group.rglob("*") if path.is_dir()), key=lambda path: -len(path.parts))
     for path in (*below, group):
-        wait_for(f"{path} to be empty", 10, lambda path=path: _rmdir(path))
+        wait_for(f"{path} to be empty", 10, functools.partial(_rmdir, path))
     _rmdir(group.parent)
 
 
@@ -431,15 +437,19 @@ def up(places: Places) -> None:
     with only_one(places):
         began = time.monotonic()
         tree = image(places)
+        if places.image.exists() and places.image.read_text() != tree.name:
+            say("the hosts run an older image: starting them anew")
+            remove(places)
         places.run.mkdir(mode=0o755, parents=True, exist_ok=True)
         try:
+            places.image.write_text(tree.name)
             write_ssh_config(tree, places)
             build_network()
             for host in ADDRESSES:
                 if not process_of(host, places):
                     boot(host, tree, places)
             for host in ADDRESSES:
-                wait_for(f"{host} to boot", 120, lambda host=host: booted(host, places))
+                wait_for(f"{host} to boot", 120, functools.partial(booted, host, places))
         except BaseException:
             say("could not bring it up: removing it again")
             remove(places)
