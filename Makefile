@@ -11,10 +11,12 @@ LAB    := $(BIN)/python tests/lab/lab.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-fast lint format docs lock bench-node lab-up lab-deploy lab-down clean
+.PHONY: help setup demo test test-fast lint format docs lock bench-node lab-up lab-deploy lab-down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
+
+setup: $(STAMPS)/all ## the virtual environment .venv, with Ansible and all that tests need
 
 demo: $(STAMPS)/run ## two nodes and a gate on this machine; ONCE=1 answers one question and stops
 	$(if $(MODEL),,@echo "No MODEL given: one of random weights is made, which talks gibberish. Bring yours with MODEL=/path/to/model.gguf")
