@@ -211,14 +211,28 @@ def bootstrap(tree: Path) -> None:
     environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin", "LC_ALL": "C"}
     try:
         with log.open("w") as output:
-            done = subprocess.run(
-                command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment
+            running = subprocess.Popen(
+                command, stdout=output, stderr=output, stdin=subprocess.DEVNULL, env=environment, start_new_session=True
             )
-        if done.returncode:
+        try:
+            code = running.wait()
+        except BaseException:
+            end_group(running)
+            raise
+        if code:
             ended = " | ".join(log.read_text().splitlines()[-3:])
-            raise LabError(f"debootstrap ended with {done.returncode}: {ended}")
+            raise LabError(f"debootstrap ended with {code}: {ended}")
     finally:
         log.unlink()
+
+
+def end_group(leader: subprocess.Popen[bytes]) -> None:
+    """End a program with all that it has started in its session, which would go on writing otherwise."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            leader.wait(5)
 
 
 def furnish(tree: Path, places: Places) -> None:
