@@ -19,17 +19,18 @@ def ask(client: httpx.Client, model: str) -> str:
     body = {"model": model, "messages": [{"role": "user", "content": "Count."}], "max_tokens": 24, "stream": True}
     try:
         with client.stream("POST", "/v1/chat/completions", json=body) as response:
-            lines = [line for line in response.iter_lines() if line.startswith("data: ")]
-            if response.status_code != 200:
-                return f"status {response.status_code}"
-    except httpx.HTTPError as error:
+            # Not iter_lines(): it also ends lines at characters that may stand in an answer, such as U+2028.
+            lines = [line for line in response.read().split(b"\n") if line.startswith(b"data: ")]
+        if response.status_code != 200:
+            return f"status {response.status_code}"
+        if not lines or lines[-1] != b"data: [DONE]":
+            return f"no [DONE] after {len(lines)} events"
+        events = [json.loads(line.removeprefix(b"data: ")) for line in lines[:-1]]
+    except (httpx.HTTPError, ValueError) as error:
         return f"{type(error).__name__}: {error}"
-    if not lines or lines[-1] != "data: [DONE]":
-        return f"no [DONE] after {len(lines)} events"
-    events = [json.loads(line.removeprefix("data: ")) for line in lines[:-1]]
     if any("error" in event for event in events):
-        return f"an error in the stream: {lines[-2]}"
-    return ""
+        return f"an error in the stream: {lines[-2]!r}"
+    return "" if len(events) > 1 else "no content"
 
 
 def main(url: str, key: str, model: str, threads: str) -> None:
