@@ -36,6 +36,7 @@ HERE = Path(__file__).resolve().parent
 ROOT = HERE.parents[1]
 
 SUITE = "bookworm"  # systemd 252, the oldest that is supported; newer releases have dropped cgroup v1
+GLIBC = (2, 36)  # bookworm's: what is compiled on a machine with a newer one does not load there
 PACKAGES = (
     "systemd,systemd-sysv,dbus,openssh-server,python3,python3-venv,iproute2,"
     # llama.cpp's CPU backends are linked against OpenMP's runtime; the hosts cannot fetch it later.
@@ -130,6 +131,15 @@ def wait_for(what: str, seconds: float, condition: Callable[[], bool]) -> None:
 def missing_packages() -> list[str]:
     absent = (package for tool, package in TOOLS.items() if not (Path(tool).exists() if "/" in tool else _which(tool)))
     return sorted(set(absent))
+
+
+def too_new(libc: str) -> str:
+    """Why what this machine compiles cannot run on the lab's hosts; empty when it can. `libc`: its version, "2.36"."""
+    version = tuple(int(part) for part in libc.split(".")[:2] if part.isdigit())
+    if version <= GLIBC:
+        return ""
+    hosts = ".".join(map(str, GLIBC))
+    return f"this machine's C library ({libc}) is newer than that of the lab's hosts ({hosts}): use Debian 12"
 
 
 def _which(tool: str) -> str | None:
