@@ -17,9 +17,16 @@ KEEPALIVE = b": keepalive\n\n"
 _USAGE = b": u "
 
 
+# Not ends of lines in SSE, but many clients split with a function for text that takes them for such.
+_ESCAPED = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
+
+
 def event(payload: Any) -> bytes:
-    """One `data:` event holding compact JSON."""
-    return b"data: " + json.dumps(payload, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    """One `data:` event holding compact JSON, in one line by any definition of a line."""
+    text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
+    if not text.isascii():
+        text = text.translate(_ESCAPED)
+    return b"data: " + text.encode() + b"\n\n"
 
 
 def usage_comment(usage: Usage) -> bytes:

@@ -84,3 +84,11 @@ def test_every_error_has_openais_shape() -> None:
         }
     }
     assert error.headers() == {}
+
+
+@pytest.mark.parametrize("sign", ["\u2028", "\u2029", "\x85", "\x0b", "\x1c", "\r", "\n"])
+def test_an_event_is_one_line_also_for_clients_that_split_as_text_does(sign: str) -> None:
+    frame = sse.event({"text": f"é{sign}é"})
+    lines = frame.decode().splitlines()
+    assert len(lines) == 2 and lines[1] == ""
+    assert json.loads(lines[0].removeprefix("data: ")) == {"text": f"é{sign}é"}
