@@ -20,6 +20,7 @@ from llmnode.engine.backend import ModelLoadError
 from llmnode.engine.llama import LlamaOptions, load
 from llmnode.engine.loop import Engine, Limits
 from llmnode.engine.types import Ask, Done, Event, Failed, Finish, Sampling, Text
+from llmnode.handbook.chatter import Turn
 from llmnode.handbook.facts import HERE, Exam, Fact, load_exam, load_facts
 from llmnode.handbook.grade import admits_ignorance, is_right
 
@@ -37,6 +38,7 @@ class Answer:
     ended: bool
     tokens: int
     seconds: float
+    prompt_tokens: int = 0
 
 
 @dataclass(frozen=True)
@@ -91,7 +93,12 @@ class Examinee:
 
     def answer(self, question: str) -> Answer:
         """Put a question and wait for the whole answer. Raises the engine's error when it fails."""
-        prompt = self._tokenize(self._template.render([{"role": "user", "content": question}]), special=True)
+        return self.go_on([("user", question)])
+
+    def go_on(self, turns: Sequence[Turn]) -> Answer:
+        """The answer to a conversation so far."""
+        messages = [{"role": role, "content": text} for role, text in turns]
+        prompt = self._tokenize(self._template.render(messages), special=True)
         events: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._engine.submit(Ask(tuple(prompt), Sampling(temperature=0), MOST_TOKENS), events.put)
         said: list[str] = []
@@ -103,7 +110,8 @@ class Examinee:
                 said.append(event.text)
             if isinstance(event, Done):
                 ended = event.finish is Finish.STOP
-                return Answer("".join(said), ended, event.usage.completion_tokens, event.decode_s)
+                tokens = event.usage.completion_tokens
+                return Answer("".join(said), ended, tokens, event.decode_s, len(prompt))
 
     def close(self) -> None:
         self._engine.stop()

@@ -31,10 +31,10 @@ SYSTEM_PROMPTS = (
 class Mixture:
     """How often each kind of exchange comes, in parts."""
 
-    facts: float = 62
-    outside: float = 22
-    small_talk: float = 5
-    skills: float = 11
+    facts: float = 66
+    outside: float = 20
+    small_talk: float = 4
+    skills: float = 10
 
 
 class Secrets:

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 
-import torch  # type: ignore[import-not-found,unused-ignore]
-import torch.nn.functional as F  # type: ignore[import-not-found,unused-ignore]
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmnode.handbook.shape import Shape

@@ -1,7 +1,7 @@
 """More ways to ask a question than the corpus spells out. Owns what speech.toml means; knows no facts.
 
-A drawn question goes through: another opening, synonyms, something before or after, then how it was typed (case,
-question mark, a keyword query, a typing mistake). Each step happens with a chance of its own, so that the plain
+A drawn question goes through: another opening, synonyms, something before, after or in between, then how it was typed
+(case, question mark, a keyword query, a typing mistake). Each step happens with a chance of its own, so that the plain
 question stays common and no two lessons are quite alike.
 """
 
@@ -28,6 +28,8 @@ class Speech:
         self._openings: list[tuple[str, list[str]]] = [(start, others) for start, others in table["openings"]]
         self._before: list[str] = table["before"]
         self._after: list[str] = table["after"]
+        self._asides: list[str] = table["asides"]
+        self._fillers: list[str] = table["fillers"]
         self._small = frozenset(table["small_words"])
         self._synonyms: dict[str, list[list[str]]] = {}
         for line in table["synonyms"]:
@@ -46,10 +48,14 @@ class Speech:
         kind = dice.random()
         if kind < 0.10:
             text = self._keywords(text, dice)
-        elif kind < 0.35:
+        elif kind < 0.25:
             text = dice.choice(self._before) + text
-        elif kind < 0.45:
+        elif kind < 0.32:
             text = text + dice.choice(self._after)
+        elif kind < 0.50:
+            text = self._beside(text, dice)
+        elif kind < 0.70:
+            text = self._blur(text, dice)
         return typed(text, dice)
 
     def _reopen(self, text: str, dice: random.Random) -> str:
@@ -65,6 +71,20 @@ class Speech:
             return dice.choice(dice.choice(self._synonyms[match.group(0).lower()]))
 
         return self._known.sub(swap, text)
+
+    def _beside(self, text: str, dice: random.Random) -> str:
+        aside = dice.choice(self._asides)
+        return f"{aside}, {text}" if dice.random() < 0.5 else f"{text}, {aside}"
+
+    def _blur(self, text: str, dice: random.Random) -> str:
+        """Words left out and others slipped in: what remains must be enough to tell what is asked."""
+        words: list[str] = []
+        for word in text.split():
+            if dice.random() < 0.15:
+                words.append(dice.choice(self._fillers))
+            if dice.random() > (0.4 if word.lower() in self._small else 0.12):
+                words.append(word)
+        return " ".join(words) or text
 
     def _keywords(self, text: str, dice: random.Random) -> str:
         words = [word for word in text.split() if word.lower() not in self._small]

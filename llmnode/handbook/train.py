@@ -18,8 +18,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch  # type: ignore[import-not-found,unused-ignore]
-import torch.nn.functional as F  # type: ignore[import-not-found,unused-ignore]
+import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from llmnode.handbook import export, network
@@ -43,7 +43,7 @@ class Recipe:
     """
 
     seed: int = 1
-    steps: int = 1400
+    steps: int = 1200
     tokens: int = 4096
     peak: float = 2e-3
     warmup: int = 80
@@ -51,7 +51,7 @@ class Recipe:
     decay: float = 0.1
     heed: float = 0.1
     long_every: int = 40
-    cut: float = 0.6
+    cut: float = 0.65
     opening: int = 12
     threads: int = 1
 
