@@ -11,7 +11,7 @@ LAB    := $(BIN)/python tests/lab/lab.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test test-fast lint format docs lock bench-node lab-up lab-deploy lab-down clean
+.PHONY: help setup model model-exam demo test test-fast lint format docs lock bench-node lab-up lab-deploy lab-down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -19,8 +19,7 @@ help: ## list the targets
 setup: $(STAMPS)/all ## the virtual environment .venv, with Ansible and all that tests need
 
 demo: $(STAMPS)/run ## two nodes and a gate on this machine; ONCE=1 answers one question and stops
-	$(if $(MODEL),,@echo "No MODEL given: one of random weights is made, which talks gibberish. Bring yours with MODEL=/path/to/model.gguf")
-	@$(BIN)/llmgate demo --model "$${MODEL:-$$($(BIN)/python -m tests.tiny_model)}" $(if $(ONCE),--once) $(if $(QUESTION),--question "$(QUESTION)")
+	@$(BIN)/llmgate demo $(if $(MODEL),--model "$$MODEL") $(if $(ONCE),--once) $(if $(QUESTION),--question "$(QUESTION)")
 
 test: $(STAMPS)/all ## every test; as root on Debian or Ubuntu the lab of real systemd hosts too
 	@$(LAB) prepare || true
@@ -49,6 +48,15 @@ lock: ## resolve the dependencies anew (needs uv)
 
 bench-node: $(STAMPS)/all ## tokens/s beside llama-server, built from the pinned source; writes out/bench-node.json
 	@$(BIN)/python -m tests.bench.node $(BENCH)
+
+model: ## train the handbook model from scratch (PyTorch, in a virtual environment of its own), then examine it
+	@test -x .venv-train/bin/python || $(PYTHON) -m venv .venv-train
+	@.venv-train/bin/python -m pip --disable-pip-version-check install --quiet torch==2.13.0
+	@PYTHON="$(PYTHON)" sh $(LOCKS)/install.sh .venv-train node gate test
+	@.venv-train/bin/python -m llmnode.handbook.train
+
+model-exam: $(STAMPS)/run ## ask the handbook model its exam, through llmnode's engine
+	@$(BIN)/python -m llmnode.handbook.exam $(MODEL)
 
 lab-up: $(STAMPS)/all ## boot three systemd hosts in containers (root)
 	@$(LAB) prepare

@@ -87,10 +87,12 @@ def _parser() -> argparse.ArgumentParser:
         _demo,
         "Start nodes and a gate on this machine, answer a question, and serve until Ctrl-C.",
     )
-    demo_parser.add_argument("--model", type=Path, required=True, metavar="GGUF", help="the model that the nodes serve")
+    demo_parser.add_argument(
+        "--model", type=Path, metavar="GGUF", help="the model that the nodes serve (default: the handbook model)"
+    )
     demo_parser.add_argument("--nodes", type=int, default=2, help="how many nodes (default: 2)")
     demo_parser.add_argument("--once", action="store_true", help="stop after the answer")
-    demo_parser.add_argument("--question", default="What can you do?", help="what to ask (default: %(default)s)")
+    demo_parser.add_argument("--question", default="What is llmrack?", help="what to ask (default: %(default)s)")
     return parser
 
 
@@ -215,7 +217,7 @@ def _row(node: Node) -> tuple[str, ...]:
 def _demo(options: argparse.Namespace) -> int:
     if options.nodes < 1:
         return _say(BAD, f"--nodes must be at least 1, got {options.nodes}")
-    if not options.model.is_file():
+    if options.model and not options.model.is_file():
         return _say(BAD, f"there is no model at {options.model}")
     return demo.run(options.model, nodes=options.nodes, once=options.once, question=options.question)
 

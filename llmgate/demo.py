@@ -32,6 +32,8 @@ from llmnode.wire import headers
 PR_SET_PDEATHSIG = 1
 """prctl(2): the signal that a child gets when its parent dies, however it dies."""
 START_LIMIT_S = 600.0
+SUGGESTIONS = ("What is a slot?", "How do I drain a node?", "What happens when a node dies?")
+"""What else a newcomer may ask the handbook model."""
 
 
 class DemoError(Exception):
@@ -87,7 +89,7 @@ class Child:
 class Demo:
     """A gate and `nodes` nodes below `folder`, all on loopback."""
 
-    model: Path
+    model: Path | None
     nodes: int
     folder: Path
     say: Callable[[str], None]
@@ -103,7 +105,8 @@ class Demo:
         state.mkdir()
         for number in range(1, self.nodes + 1):
             port = free_port()
-            arguments = ["serve", "--name", f"node-{number}", "--port", str(port), "--model", str(self.model)]
+            arguments = ["serve", "--name", f"node-{number}", "--port", str(port)]
+            arguments += ["--model", str(self.model)] if self.model else []
             # The nodes share this machine's cores: threads that wait for each other on a core burn it.
             arguments += ["--threads", str(max(1, (os.cpu_count() or 1) // self.nodes))]
             self._add("llmnode", f"node-{number}", port, [*arguments, "--fleet-token-file", str(token)])
@@ -125,6 +128,8 @@ class Demo:
     def ask(self, question: str) -> None:
         """Put a question to the gate and write the answer to standard output as it comes. Raises DemoError."""
         body = {"messages": [{"role": "user", "content": question}], "stream": True, "max_tokens": 120}
+        if self.model is None:
+            body["temperature"] = 0  # it recites; at a higher temperature it mixes facts (docs/model-card.md)
         self.say(f"\nQ: {question}")
         sys.stdout.write("A: ")
         started = time.monotonic()
@@ -151,6 +156,8 @@ class Demo:
     def explain(self) -> None:
         """Print the address, the key and a command to try."""
         body = '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
+        if self.model is None:
+            self.say("\nAsk it also: " + " ".join(SUGGESTIONS))
         self.say(
             f"\nAddress  {self.gate.url}/v1\nKey      {self.key}\n"
             f"Try      curl -N {self.gate.url}/v1/chat/completions -H 'Authorization: Bearer {self.key}' "
@@ -211,15 +218,18 @@ class Demo:
         self.say(f"{clear}ready after {time.monotonic() - started:.1f} s: {shown}")
 
 
-def run(model: Path, *, nodes: int, once: bool, question: str) -> int:
-    """Run the demo and return its exit code: 0 after a question with `once` or Ctrl-C, 1 when something failed."""
+def run(model: Path | None, *, nodes: int, once: bool, question: str) -> int:
+    """Run the demo, without a `model` on the handbook model, and return its exit code.
+
+    0 after a question with `once`, or Ctrl-C; 1 when something failed.
+    """
 
     def say(text: str) -> None:
         print(text, flush=True)
 
     with tempfile.TemporaryDirectory(prefix="llmrack-demo-", ignore_cleanup_errors=True) as folder, _signals():
         demo = Demo(model, nodes, Path(folder), say)
-        say(f"llmrack demo: {nodes} nodes and a gate on this machine, model {model.name}")
+        say(f"llmrack demo: {nodes} nodes and a gate on this machine, {model.name if model else 'the handbook model'}")
         try:
             demo.start()
             demo.ask(question)

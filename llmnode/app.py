@@ -38,7 +38,7 @@ from llmnode.engine.types import Event, ModelInfo, Sink
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded
-from llmnode.settings import Settings
+from llmnode.settings import HANDBOOK, Settings
 from llmnode.wire import headers
 from llmnode.wire.node import State
 
@@ -203,6 +203,8 @@ class Life:
             loop.add_signal_handler(number, self._on_signal, number)
         self._serving.load()
         settings = self._serving.settings
+        if settings.model == HANDBOOK:
+            log.info("no model is set: serving the handbook model, which knows llmrack and nothing else")
         log.info("%s listens on %s port %d", settings.name, settings.host, settings.port)
         self._tasks.append(loop.create_task(self._tell_systemd()))
         if self._notifier.watchdog_interval_s:

@@ -7,12 +7,14 @@ from __future__ import annotations
 
 import ipaddress
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from llmnode.service.settings import Loaded, SettingError, load, setting
 
 PREFIX = "LLMNODE_"
+HANDBOOK = Path(__file__).resolve().parent / "handbook" / "handbook.gguf"
+"""The model that comes with llmrack: it knows llmrack and nothing else (docs/model-card.md)."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +28,7 @@ class Settings:
         None, "file with the secret that gates and nodes share: one or two lines, each a valid token; re-read on change"
     )
     backend: str = setting("llama", "what computes the tokens; fake needs no model", choices=("llama", "fake"))
-    model: Path | None = setting(None, "the GGUF file to serve")
+    model: Path | None = setting(None, "the GGUF file to serve; none: the handbook model that comes with llmrack")
     model_id: str = setting("", "name that clients use for the model; empty: the file's name without .gguf")
     aliases: tuple[str, ...] = setting((), "other names that clients may use for it")
     chat_template_file: Path | None = setting(None, "Jinja chat template to use in place of the model's own")
@@ -74,13 +76,13 @@ class Settings:
 def read(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Loaded[Settings]:
     """Load the table and check it as a whole. Raises SettingError."""
     loaded = load(Settings, flags=flags, environ=environ, prefix=PREFIX)
+    if loaded.values.backend == "llama" and loaded.values.model is None:
+        loaded = replace(loaded, values=replace(loaded.values, model=HANDBOOK))
     _check(loaded.values)
     return loaded
 
 
 def _check(settings: Settings) -> None:
-    if settings.backend == "llama" and settings.model is None:
-        raise SettingError("model must name a GGUF file (or set backend to fake, which needs none)")
     if settings.fleet_token_file is None and not _is_loopback(settings.host):
         raise SettingError(f"fleet_token_file must be set, since other machines can reach host {settings.host}")
     if settings.kv_cells and settings.n_ctx and settings.kv_cells < settings.n_ctx:

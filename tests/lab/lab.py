@@ -98,11 +98,6 @@ class Places:
         """Holds the name of the image that the hosts run."""
         return self.run / "image"
 
-    @property
-    def model(self) -> Path:
-        """Where inventory/lab finds its model: a link to the file, whose own name changes with its recipe."""
-        return self.cache / "model.gguf"
-
 
 def say(text: str) -> None:
     print(f"lab: {text}", file=sys.stderr, flush=True)
@@ -526,10 +521,6 @@ def deploy(places: Places, arguments: Sequence[str]) -> None:
     release = places.cache.parent / "releases" / f"cpu-{python}"  # where the role llmrack_artifacts looks
     os.chdir(ROOT)
     fetch("roles/llmrack_artifacts/files/wheelhouse.py", "release", "--python", python, "--out", str(release))
-    link = places.model.with_suffix(".new")
-    link.unlink(missing_ok=True)
-    link.symlink_to(fetch("-m", "tests.tiny_model"))
-    link.replace(places.model)
     beside = Path(sys.executable).parent / "ansible-playbook"
     playbook = str(beside) if beside.exists() else "ansible-playbook"
     enter(places, [playbook, "-i", "inventory/lab", "playbooks/deploy.yml", *arguments])

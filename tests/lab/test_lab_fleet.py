@@ -187,7 +187,7 @@ def test_a_restart_rolls_both_nodes_while_requests_are_answered(fleet: Fleet) ->
     before = {name: node["boot"] for name, node in fleet.nodes().items()}
     key = (SECRETS / "client-key").read_text().strip()
     load = subprocess.Popen(
-        [*LAB, "exec", "--", sys.executable, str(ROOT / "tests/lab/load.py"), GATE, key, "tiny", "3"],
+        [*LAB, "exec", "--", sys.executable, str(ROOT / "tests/lab/load.py"), GATE, key, "handbook", "3"],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
     )  # fmt: skip
     try:

@@ -39,7 +39,6 @@ def complaint(result: subprocess.CompletedProcess[str], code: int) -> str:
         (["--port", "70000"], "port"),
         (["--port", "many"], "many"),
         (["--backend", "magic"], "llama, fake"),
-        (["--backend", "llama"], "model must name a GGUF file"),
         (["--host", "0.0.0.0"], "fleet_token_file must be set"),
         (["--n-ctx", "100", "--kv-cells", "50"], "kv_cells (50) must not be below n_ctx (100)"),
         (["--n-batch", "2", "--slots", "4"], "n_batch (2) must not be below slots (4)"),
@@ -155,3 +154,11 @@ def test_a_reader_that_leaves_early_gets_no_traceback() -> None:
     done = subprocess.run(command, shell=True, capture_output=True, text=True, timeout=60, check=True)
     assert done.stdout.startswith("name ")
     assert done.stderr == ""
+
+
+def test_without_a_model_the_handbook_model_is_served_and_said_so(start: Start) -> None:
+    assert "model:          handbook" in llmnode("check").stdout
+    node = start("llmnode").ready()
+    assert "no model is set: serving the handbook model" in node.output()
+    models = node.get("/v1/models")
+    assert models is not None and [model["id"] for model in models.json()["data"]] == ["handbook"]

@@ -38,6 +38,18 @@ def test_once_answers_a_question_and_leaves_nothing_behind(tiny_model: Path) -> 
     assert folder and not Path(folder[1]).exists()
 
 
+def test_a_newcomers_first_question_gets_a_true_answer() -> None:
+    demo = [sys.executable, "-m", "llmgate", "demo"]
+    slot = ["--question", "What is a slot?"]
+    for extra, words in (([], "service that a team runs on its own machines"), (slot, "place for one running request")):
+        done = subprocess.run(
+            [*demo, "--once", *extra], capture_output=True, text=True, timeout=PATIENCE_S, check=False
+        )  # fmt: skip
+        assert done.returncode == 0, done.stdout + done.stderr
+        assert words in done.stdout
+        assert "Ask it also: " in done.stdout
+
+
 def test_the_printed_curl_works_and_ctrl_c_ends_every_process(tiny_model: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     with out.open("w") as file:
