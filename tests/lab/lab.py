@@ -212,7 +212,7 @@ def make_ssh_key(places: Places) -> None:
 def bootstrap(tree: Path) -> None:
     log = tree.with_suffix(".log")
     command = ["debootstrap", "--variant=minbase", f"--include={PACKAGES}"]
-    command += [f"--keyring={next(tool for tool in TOOLS if '/' in tool)}", SUITE, str(tree), mirror()]
+    command += [f"--keyring={next(tool for tool in TOOLS if '/' in tool)}", SUITE, str(tree), *mirror()]
     environment = {**os.environ, "PATH": os.environ.get("PATH", "") + ":/usr/sbin:/sbin", "LC_ALL": "C"}
     try:
         with log.open("w") as output:
@@ -249,16 +249,14 @@ def furnish(tree: Path, places: Places) -> None:
     key.chmod(0o600)
 
 
-def mirror() -> str:
-    """The Debian mirror this machine is set up with, else Debian's own."""
+def mirror() -> list[str]:
+    """The Debian mirror this machine is set up with, as debootstrap's argument; none leaves it to debootstrap."""
     if os.environ.get("LLMRACK_DEBIAN_MIRROR"):
-        return os.environ["LLMRACK_DEBIAN_MIRROR"]
+        return [os.environ["LLMRACK_DEBIAN_MIRROR"]]
     files = [Path("/etc/apt/sources.list"), *sorted(Path("/etc/apt/sources.list.d").glob("*"))]
     text = "\n".join(path.read_text(errors="replace") for path in files if path.is_file())
-    for word in text.split():
-        if word.startswith(("http://", "https://")) and word.rstrip("/").endswith("/debian"):
-            return word
-    return "http://deb.debian.org/debian"
+    words = (word for word in text.split() if word.startswith(("http://", "https://")))
+    return [word for word in words if word.rstrip("/").endswith("/debian")][:1]
 
 
 # ----------------------------------------------------------------------------------------------- the network
