@@ -25,7 +25,7 @@ class Mailbox:
         self._observe = observe
         self._text: list[str] = []
         self._end: Done | Failed | None = None
-        self._waiter: asyncio.Future[None] | None = None
+        self._wake = asyncio.Event()
 
     def put(self, event: Event) -> None:
         """Take in an event. What comes after the end is dropped: a drain may end an answer before the engine does."""
@@ -38,31 +38,24 @@ class Mailbox:
             self._text.append(event.text)
         else:
             self._end = event
-        self._wake()
+        self._wake.set()
 
     async def take(self, patience_s: float | None = None) -> tuple[str, Done | Failed | None]:
         """Wait for something, then give all the text there is and the end if it has come.
 
-        ("", None) after `patience_s` seconds of silence. A bare future and a timer, since this runs at every token:
-        `asyncio.Event` costs twice as much, and `wait_for` a task.
+        ("", None) after `patience_s` seconds of silence. A timer is used, since `wait_for` would make a task a token.
         """
-        if not self._text and self._end is None:
-            loop = asyncio.get_running_loop()
-            self._waiter = loop.create_future()
-            timer = None if patience_s is None else loop.call_later(patience_s, self._wake)
-            try:
-                await self._waiter
-            finally:
-                self._waiter = None
-                if timer is not None:
-                    timer.cancel()
+        timer = None if patience_s is None else asyncio.get_running_loop().call_later(patience_s, self._wake.set)
+        try:
+            await self._wake.wait()
+        finally:
+            if timer is not None:
+                timer.cancel()
         text = "".join(self._text)
         self._text.clear()
+        if self._end is None:
+            self._wake.clear()
         return text, self._end
-
-    def _wake(self) -> None:
-        if self._waiter is not None and not self._waiter.done():
-            self._waiter.set_result(None)
 
 
 async def whole(mailbox: Mailbox) -> tuple[str, Done]:
