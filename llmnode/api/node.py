@@ -22,20 +22,21 @@ def blueprint(serving: Serving) -> Blueprint:
     """The routes, bound to one node."""
     routes = Blueprint("node")
 
-    @routes.get("/health")
-    async def health(request: Request) -> HTTPResponse:
+    def require_health() -> None:
         trouble = serving.trouble()
         if trouble:
             raise Overloaded(trouble, code="unhealthy", retry_after=5.0)
+
+    @routes.get("/health")
+    async def health(request: Request) -> HTTPResponse:
+        require_health()
         return json({"status": "ok", "state": serving.state.value})
 
     @routes.get("/ready")
     async def ready(request: Request) -> HTTPResponse:
         if serving.state is not State.READY:
             raise serving.not_ready()
-        trouble = serving.trouble()
-        if trouble:
-            raise Overloaded(trouble, code="unhealthy", retry_after=5.0)
+        require_health()
         return json({"status": "ready", "state": serving.state.value})
 
     @routes.get("/node")

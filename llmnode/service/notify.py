@@ -25,10 +25,6 @@ class Notifier:
         self._socket = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC) if address else None
 
     @property
-    def enabled(self) -> bool:
-        return self._socket is not None
-
-    @property
     def watchdog_interval_s(self) -> float | None:
         """Seconds between pings, half of systemd's limit as its manual advises; None when no watchdog is set."""
         return self._watchdog_s / 2 if self._watchdog_s else None

@@ -14,6 +14,3 @@ NODE = "x-llmrack-node"
 
 SHOULD_RETRY = "x-should-retry"
 """Response: "false" once the gate has spent its own retries, so that SDKs do not multiply them."""
-
-PREFIX = "x-llmrack-"
-"""Request headers that begin so are the gate's own: it strips what clients send of them."""
