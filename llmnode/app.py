@@ -8,6 +8,7 @@ once. What ends the process gives it the exit code of `Exit`.
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import logging
 import os
 import signal
@@ -22,6 +23,7 @@ from string import ascii_letters, digits
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
+import psutil
 from sanic import Request, Sanic
 from sanic.config import Config
 from sanic.response import BaseHTTPResponse
@@ -34,6 +36,7 @@ from llmnode.chat.template import ChatTemplate, TemplateError
 from llmnode.engine.backend import Backend, FatalEngineError, ModelLoadError, Room
 from llmnode.engine.fake import FakeBackend
 from llmnode.engine.loop import Engine, Limits
+from llmnode.engine.snapshot import Snapshot
 from llmnode.engine.types import Event, ModelInfo, Sink
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
@@ -55,11 +58,17 @@ QUIET_PATHS = OPEN_PATHS | {"/node"}
 """Polled every second: logged at debug level."""
 
 FAKE_CONTEXT = 4096
+FAKE_SPARE_ROWS = 16
+_MOST_HOST_CACHE = 8 << 30
+_GATHER_S = 0.005
+"""Tokens of steps shorter than this go to their readers together; nobody reads 200 pieces a second."""
 _REQUEST_ID_CHARACTERS = frozenset(ascii_letters + digits + "._-")
 _STATUS_EVERY_S = 5.0
 _LOAD_EXTENSION_S = 120.0
 _LAST_WORDS_S = 2.0
 """After the drain's end, for the error events to reach their clients."""
+_SAVING_S = 25.0
+"""For the prompts to reach the disk; units give 30 s beyond the drain."""
 
 
 class Exit(IntEnum):
@@ -100,7 +109,8 @@ def load_backend(settings: Settings, progress: Callable[[float], None]) -> Backe
     if settings.backend == "fake" or settings.model is None:
         n_ctx = settings.n_ctx or min(FAKE_CONTEXT, settings.kv_cells or FAKE_CONTEXT)
         cells = settings.kv_cells or settings.slots * n_ctx
-        room = Room(slots=settings.slots, n_ctx=n_ctx, kv_cells=cells, n_batch=settings.n_batch)
+        slots = settings.slots
+        room = Room(slots, n_ctx, cells, settings.n_batch, sequences=2 * slots, rows=slots + FAKE_SPARE_ROWS)
         return FakeBackend(room, step_delay_s=settings.fake_step_delay_s)
     # Imported here: llama.cpp's libraries take a second to load, and only this backend needs them.
     from llmnode.engine import llama
@@ -146,11 +156,57 @@ def _llama_options(settings: Settings, path: Path) -> LlamaOptions:
         kv_cells=settings.kv_cells,
         n_batch=settings.n_batch,
         threads=settings.threads,
+        threads_batch=settings.threads_batch,
         n_gpu_layers=settings.n_gpu_layers,
         tensor_split=settings.tensor_split,
         devices=settings.devices,
         flash_attn=settings.flash_attn,
+        cache_type_k=settings.cache_type_k,
+        cache_type_v=settings.cache_type_v,
+        swa_full=settings.swa_full,
+        mmap=settings.mmap,
+        mlock=settings.mlock,
+        fit_check=settings.fit_check,
     )
+
+
+def limits(settings: Settings) -> Limits:
+    """What the settings allow the engine."""
+    host = settings.prompt_cache_bytes
+    return Limits(
+        queue_limit=settings.queue_limit,
+        stall_s=settings.stall_ms / 1000,
+        host_bytes=min(_MOST_HOST_CACHE, psutil.virtual_memory().total // 8) if host < 0 else host,
+        prompt_lookup=settings.prompt_lookup,
+        gather_s=_GATHER_S,
+    )
+
+
+def chosen(settings: Settings) -> dict[str, str]:
+    """What settings that leave the choice to us came to on this machine, by name."""
+    found = {}
+    if settings.prompt_cache_bytes < 0:
+        found["prompt_cache_bytes"] = str(limits(settings).host_bytes)
+    if settings.backend == "llama":
+        from llmnode.engine.llama.options import physical_cores
+
+        threads = settings.threads or physical_cores()
+        if not settings.threads:
+            found["threads"] = str(threads)
+        if not settings.threads_batch:
+            found["threads_batch"] = str(threads)
+    return found
+
+
+def _snapshot(settings: Settings, backend: Backend) -> Snapshot | None:
+    """Where hot prompts are kept between starts. What they are good for: this file, these options, this llama.cpp."""
+    if settings.prompt_cache_file is None:
+        return None
+    options = (settings.cache_type_k, settings.cache_type_v, settings.flash_attn, settings.swa_full, settings.backend)
+    model = settings.model.stat() if settings.model else None
+    about = (backend.info, model and (model.st_size, model.st_mtime_ns), options, release())
+    fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()
+    return Snapshot(settings.prompt_cache_file, settings.prompt_cache_file_bytes, fingerprint)
 
 
 def _app(serving: Serving, token: FleetToken | None) -> NodeApp:
@@ -230,7 +286,13 @@ class Life:
             source = info.chat_template if self._template is None else self._template
             template = ChatTemplate(source, bos=info.bos, eos=info.eos)
             bos = tuple(backend.tokenize(info.bos, special=True)) if info.bos else ()
-            engine = Engine(backend, Limits(queue_limit=settings.queue_limit), deliver=deliver, on_fatal=on_fatal)
+            engine = Engine(
+                backend,
+                limits(settings),
+                deliver=deliver,
+                on_fatal=on_fatal,
+                snapshot=_snapshot(settings, backend),
+            )
             engine.start()
         except (ModelLoadError, TemplateError) as error:
             _call(loop, self._fail, Exit.MODEL, str(error))
@@ -285,10 +347,22 @@ class Life:
             log.warning("%d requests are cut off", self._serving.busy)
             self._serving.cut("the node is stopping, and the time for running answers is over")
             await self._idle_within(_LAST_WORDS_S)
+        await self._save_prompts()
         for task in self._tasks:
             task.cancel()
         log.info("stopped")
         self._app.stop(terminate=False)
+
+    async def _save_prompts(self) -> None:
+        """Stopping the engine writes prompt_cache_file; off the loop, so that the watchdog is fed meanwhile."""
+        served = self._serving.served
+        if served is None or self.exit != Exit.OK or self._serving.settings.prompt_cache_file is None:
+            return
+        stopped = asyncio.get_running_loop().run_in_executor(None, served.engine.stop)
+        try:
+            await asyncio.wait_for(stopped, _SAVING_S)
+        except asyncio.TimeoutError:
+            log.error("prompts were not saved: the engine did not stop within %g s", _SAVING_S)
 
     async def _idle_within(self, patience_s: float) -> bool:
         """Wait until no request is under way, at most so long; says whether it came to that."""

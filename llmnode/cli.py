@@ -43,7 +43,8 @@ def _settings(asked: argparse.Namespace) -> int:
     """Print the table: also of settings that cannot be served with, since that is when people look at it."""
     page = markdown(Settings, PREFIX)
     if not asked.markdown:
-        page = listing(load(Settings, flags=vars(asked), prefix=PREFIX), PREFIX)
+        loaded = load(Settings, flags=vars(asked), prefix=PREFIX)
+        page = listing(loaded, PREFIX, app.chosen(loaded.values))
     return app.Exit.OK if printed(page) else app.Exit.CONFIGURATION
 
 

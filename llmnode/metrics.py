@@ -7,14 +7,15 @@ so nothing is kept twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from operator import attrgetter
 
 import psutil
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
-from llmnode.engine.types import Done, Event, Failed, Stats, Text
+from llmnode.engine.types import Done, Event, Failed, Stats, Text, Timings
 from llmnode.wire.node import Host, Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -66,7 +67,7 @@ class Metrics:
     ) -> None:
         self._clock = clock
         self._registry = CollectorRegistry()
-        self._registry.register(_Snapshots(stats, probe))
+        self._registry.register(_Snapshots(stats, probe, clock))
         self.requests = Counter(
             "llmnode_requests", "Requests answered, by route and status", ("route", "status"), registry=self._registry
         )
@@ -99,9 +100,15 @@ class Metrics:
             "llmnode_queue_seconds", "Waiting for a slot", buckets=_SECONDS, registry=self._registry
         )
 
-    def meter(self) -> Meter:
-        """Begin to measure one answer."""
-        return Meter(self, self._clock)
+    def meter(self, choices: int = 1) -> Meter:
+        """Begin to measure the answers to one request."""
+        return Meter(self, self._clock, choices)
+
+    def count(self, usage: Usage) -> None:
+        """A request has ended that cost so much."""
+        self._tokens.labels("prompt").inc(usage.prompt_tokens)
+        self._tokens.labels("cached").inc(usage.cached_tokens)
+        self._tokens.labels("completion").inc(usage.completion_tokens)
 
     def text(self) -> bytes:
         """The body of /metrics."""
@@ -109,46 +116,56 @@ class Metrics:
 
 
 class Meter:
-    """Follows the events of one answer. `first_token_s` and `usage` are for the log, None until known."""
+    """Follows the events of one request's choices. `first_token_s` and `usage` are for the log, None until known."""
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float]) -> None:
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], choices: int) -> None:
         self._metrics = metrics
         self._clock = clock
+        self._choices = choices
         self._began = clock()
-        self._last: float | None = None
+        self._last: dict[int, float] = {}
+        self._usages: list[Usage] = []
         self.first_token_s: float | None = None
         self.usage: Usage | None = None
 
-    def observe(self, event: Event) -> None:
-        now = self._clock()
+    def observe(self, choice: int, event: Event) -> None:
         if isinstance(event, Text):
-            self._on_text(now, len(event.ids))
+            now = self._clock()
+            last = self._last.get(choice)
+            self._last[choice] = now
+            if last is not None:
+                tokens = len(event.ids)
+                for _ in range(tokens):
+                    self._metrics._between.observe((now - last) / tokens)
+            elif self.first_token_s is None:
+                self.first_token_s = now - self._began
+                self._metrics._first.observe(self.first_token_s)
         elif isinstance(event, Done):
-            self.usage = event.usage
-            tokens = self._metrics._tokens
-            tokens.labels("prompt").inc(event.usage.prompt_tokens)
-            tokens.labels("cached").inc(event.usage.cached_tokens)
-            tokens.labels("completion").inc(event.usage.completion_tokens)
             self._metrics._queued.observe(event.queued_s)
+            self._usages.append(event.usage)
+            if len(self._usages) == self._choices:
+                self.usage = total(self._usages)
+                self._metrics.count(self.usage)
         else:
             assert isinstance(event, Failed)
 
-    def _on_text(self, now: float, tokens: int) -> None:
-        if self._last is None:
-            self.first_token_s = now - self._began
-            self._metrics._first.observe(self.first_token_s)
-        else:
-            for _ in range(tokens):
-                self._metrics._between.observe((now - self._last) / tokens)
-        self._last = now
+
+def total(choices: Sequence[Usage]) -> Usage:
+    """What a request cost: its prompt counts once, and as cached what no choice had to compute."""
+    return Usage(
+        prompt_tokens=max(usage.prompt_tokens for usage in choices),
+        cached_tokens=min(usage.cached_tokens for usage in choices),
+        completion_tokens=sum(usage.completion_tokens for usage in choices),
+    )
 
 
 class _Snapshots(Collector):
     """The engine's and the host's own figures, read when they are asked for."""
 
-    def __init__(self, stats: Callable[[], Stats | None], probe: HostProbe) -> None:
+    def __init__(self, stats: Callable[[], Stats | None], probe: HostProbe, clock: Callable[[], float]) -> None:
         self._stats = stats
         self._probe = probe
+        self._clock = clock
 
     def collect(self) -> Iterator[Metric]:
         host = self._probe.read()
@@ -159,31 +176,80 @@ class _Snapshots(Collector):
         stats = self._stats()
         if stats is None:
             return
-        load, timings = stats.load, stats.timings
-        yield _gauge("llmnode_slots", "Requests that can be answered at the same time", load.slots)
-        yield _gauge("llmnode_requests_running", "Requests in a slot", load.running)
-        yield _gauge("llmnode_requests_waiting", "Requests waiting for a slot", load.waiting)
-        yield _gauge("llmnode_kv_cells", "Tokens that the cache can hold", load.kv_cells)
-        yield _gauge("llmnode_kv_cells_used", "Tokens that the cache holds", load.kv_cells_used)
-        yield _gauge("llmnode_queued_prompt_tokens", "Prompt tokens waiting to be computed", load.queued_prompt_tokens)
-        yield _counter("llmnode_engine_steps", "Steps of the engine", timings.steps)
-        seconds = CounterMetricFamily("llmnode_engine_seconds", "Where the engine's time went", labels=["part"])
-        for part, value in (("decode", timings.decode_s), ("sample", timings.sample_s), ("other", timings.other_s)):
-            seconds.add_metric([part], value)
-        yield seconds
-        tokens = CounterMetricFamily("llmnode_engine_tokens", "Tokens that the engine computed", labels=["kind"])
-        tokens.add_metric(["prompt"], timings.prompt_tokens)
-        tokens.add_metric(["completion"], timings.completion_tokens)
-        yield tokens
-        ends = CounterMetricFamily("llmnode_engine_requests", "Requests that left the engine", labels=["end"])
-        for end in ("finished", "cancelled", "failed", "refused"):
-            ends.add_metric([end], getattr(timings, end))
-        yield ends
+        now = self._clock()
+        late = 0.0 if stats.step_deadline is None else max(0.0, now - stats.step_deadline)
+        yield _gauge("llmnode_engine_heartbeat_age_seconds", "Since the engine's last step", now - stats.heartbeat)
+        yield _gauge("llmnode_engine_step_overdue_seconds", "By how much the step now running is late", late)
+        for name, meaning, value in _GAUGES:
+            yield _gauge(name, meaning, value(stats))
+        for name, meaning, count in _COUNTERS:
+            yield CounterMetricFamily(name, meaning, value=count(stats.timings))
+        for name, meaning, label, counts in _LABELLED:
+            family = CounterMetricFamily(name, meaning, labels=[label])
+            for kind, count in counts.items():
+                family.add_metric([kind], count(stats.timings))
+            yield family
 
 
 def _gauge(name: str, help: str, value: float) -> GaugeMetricFamily:
     return GaugeMetricFamily(name, help, value=value)
 
 
-def _counter(name: str, help: str, value: float) -> CounterMetricFamily:
-    return CounterMetricFamily(name, help, value=value)
+_GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
+    ("llmnode_slots", "Requests that can be answered at the same time", attrgetter("load.slots")),
+    ("llmnode_requests_running", "Requests in a slot", attrgetter("load.running")),
+    ("llmnode_requests_waiting", "Requests waiting for a slot", attrgetter("load.waiting")),
+    ("llmnode_queued_prompt_tokens", "Prompt tokens waiting to be computed", attrgetter("load.queued_prompt_tokens")),
+    ("llmnode_prefill_tokens_per_second", "Prompt tokens computed a second, lately", attrgetter("load.prefill_tps")),
+    ("llmnode_decode_tokens_per_second", "Answer tokens computed a second, lately", attrgetter("load.decode_tps")),
+    ("llmnode_kv_cells", "Tokens that the KV cache can hold", attrgetter("load.kv_cells")),
+    ("llmnode_kv_cells_used", "Tokens that the KV cache holds", attrgetter("load.kv_cells_used")),
+    ("llmnode_kv_cells_idle", "Of these, tokens that only idle prefixes hold", attrgetter("cells_idle")),
+    ("llmnode_prefixes", "Idle prefixes in the KV cache", attrgetter("prefixes")),
+    ("llmnode_prompt_cache_sequences", "Sequences in host RAM", attrgetter("host_prefixes")),
+    ("llmnode_prompt_cache_bytes", "Memory that the sequences in host RAM take", attrgetter("host_bytes")),
+)
+
+_COUNTERS: tuple[tuple[str, str, Callable[[Timings], float]], ...] = (
+    ("llmnode_engine_steps", "Steps of the engine", attrgetter("steps")),
+    ("llmnode_prefixes_evicted", "Idle prefixes that gave their cells back", attrgetter("evicted")),
+    ("llmnode_prompt_cache_saved", "Sequences taken to host RAM", attrgetter("saved")),
+    ("llmnode_prompt_cache_restored", "Sequences brought back from host RAM", attrgetter("restored")),
+)
+
+_LABELLED: tuple[tuple[str, str, str, Mapping[str, Callable[[Timings], float]]], ...] = (
+    (
+        "llmnode_engine_seconds",
+        "Where the time of the engine's steps went",
+        "part",
+        {"decode": attrgetter("decode_s"), "sample": attrgetter("sample_s"), "other": attrgetter("other_s")},
+    ),
+    (
+        "llmnode_engine_tokens",
+        "Tokens of prompts and answers that were computed, and tokens of prompts that were found instead",
+        "kind",
+        {
+            "prompt": attrgetter("prompt_tokens"),
+            "cached": attrgetter("cached_tokens"),
+            "completion": attrgetter("completion_tokens"),
+        },
+    ),
+    (
+        "llmnode_engine_requests",
+        "Requests that left the engine",
+        "end",
+        {end: attrgetter(end) for end in ("finished", "cancelled", "failed", "refused")},
+    ),
+    (
+        "llmnode_preempted",
+        "Running answers that gave way: to host RAM, or dropped and computed again",
+        "how",
+        {"swapped": attrgetter("swapped"), "dropped": attrgetter("dropped")},
+    ),
+    (
+        "llmnode_draft_tokens",
+        "Tokens that prompt lookup proposed",
+        "result",
+        {"accepted": attrgetter("accepted"), "rejected": lambda timings: timings.drafted - timings.accepted},
+    ),
+)

@@ -13,6 +13,7 @@ from pathlib import Path
 from llmnode.service.settings import Loaded, SettingError, load, setting
 
 PREFIX = "LLMNODE_"
+CACHE_TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
 HANDBOOK = Path(__file__).resolve().parent / "handbook" / "handbook.gguf"
 """The model that comes with llmrack: it knows llmrack and nothing else (docs/model-card.md)."""
 
@@ -38,13 +39,40 @@ class Settings:
     slots: int = setting(4, "requests that are answered at the same time", minimum=1, maximum=256)
     kv_cells: int = setting(0, "tokens in the cache for all slots together; 0: slots x n_ctx", unit="tokens", minimum=0)
     n_batch: int = setting(512, "tokens computed in one step at most", unit="tokens", minimum=1)
+    stall_ms: float = setting(
+        250.0, "how long prompts may hold up running answers in each step", unit="milliseconds", minimum=1
+    )
+    prompt_lookup: bool = setting(
+        True, "guess ahead from earlier text of the same request, where that is measured to pay; changes no answer"
+    )
+    prompt_cache_bytes: int = setting(
+        -1,
+        "host RAM for prompts that the cache has no room for; -1: an eighth of this machine's, 8 GiB at most; 0: none",
+        unit="bytes",
+        minimum=-1,
+    )
+    prompt_cache_file: Path | None = setting(
+        None, "file that keeps hot prompts from one start to the next (they are users' texts); none: they are not kept"
+    )
+    prompt_cache_file_bytes: int = setting(1 << 30, "largest size of that file", unit="bytes", minimum=0)
     threads: int = setting(0, "CPU threads; 0: one for each physical core", minimum=0, maximum=1024)
+    threads_batch: int = setting(
+        0, "CPU threads while only prompts are computed; 0: as threads", minimum=0, maximum=1024
+    )
     n_gpu_layers: int = setting(
         -1, "layers to keep on GPUs; -1: all when there is a GPU backend, none on a CPU host", minimum=-1
     )
     tensor_split: tuple[float, ...] = setting((), "share of the model for each device, in the order of devices")
     devices: tuple[str, ...] = setting((), "UUIDs of the GPUs to use; empty: all there are")
     flash_attn: str = setting("auto", "flash attention", choices=("auto", "on", "off"))
+    cache_type_k: str = setting("f16", "how keys are kept in the cache", choices=CACHE_TYPES)
+    cache_type_v: str = setting("f16", "how values are kept in the cache; q types need flash_attn", choices=CACHE_TYPES)
+    swa_full: bool = setting(
+        False, "keep all tokens of sliding-window layers: takes memory, and any common prefix can be reused"
+    )
+    mmap: bool = setting(True, "map the weights from the file; without it they are read into memory")
+    mlock: bool = setting(False, "keep the weights from being swapped out")
+    fit_check: bool = setting(True, "refuse a model that will not fit the memory before loading it")
     fake_step_delay_s: float = setting(
         0.0, "how long the fake backend takes for each step, to rehearse a slow model", unit="seconds", minimum=0
     )
@@ -91,6 +119,8 @@ def _check(settings: Settings) -> None:
         raise SettingError(
             f"n_batch ({settings.n_batch}) must not be below slots ({settings.slots}): a token each in every step"
         )
+    if settings.cache_type_v.startswith("q") and settings.flash_attn == "off":
+        raise SettingError(f"cache_type_v ({settings.cache_type_v}) needs flash attention, and flash_attn is off")
     if settings.tensor_split and settings.devices and len(settings.tensor_split) != len(settings.devices):
         raise SettingError(
             f"tensor_split has {len(settings.tensor_split)} shares and devices has {len(settings.devices)} entries"

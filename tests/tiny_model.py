@@ -5,7 +5,9 @@ archive; the weights come from a seeded generator, so the same call always makes
 is gibberish, but its logits have the spread of a trained one (standard deviation about 2.5), so that arg max and
 sampling mean something. Files are made once and kept in the cache, named by a digest of this recipe.
 
-    python -m tests.tiny_model [--size tiny|15m|500m] [--out FILE]     prints the file's path
+Sizes tiny, 15m and 500m are Llamas; the others are tiny models of other kinds, by tests/tiny_kinds.py.
+
+    python -m tests.tiny_model [--size tiny|15m|500m|...] [--out FILE]     prints the file's path
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import os
 import subprocess
 import sys
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,7 +28,7 @@ import numpy as np
 
 ROOT = Path(__file__).resolve().parent.parent
 WHEELHOUSE = ROOT / "roles" / "llmrack_artifacts" / "files" / "wheelhouse.py"
-VOCABULARY = "vendor/llama.cpp/models/ggml-vocab-phi-3.gguf"
+VOCABULARIES = "vendor/llama.cpp/models/ggml-vocab-{}.gguf"
 SEED = 20
 
 TEMPLATE = (
@@ -59,12 +62,21 @@ SHAPES = {
 
 def make(size: str = "tiny", out: Path | None = None) -> Path:
     """Return the path of the model of that size, making it first when it is not there yet."""
-    recipe = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()[:12]
-    path = out or cache() / "models" / f"random-{size}-{recipe}.gguf"
+    if size not in SHAPES:
+        from tests import tiny_kinds
+
+        return tiny_kinds.make(size, out)
+    return made(f"random-{size}", out, [Path(__file__)], lambda part: _write(part, SHAPES[size], size))
+
+
+def made(name: str, out: Path | None, recipe: list[Path], write: Callable[[Path], None]) -> Path:
+    """The path of a model, written first where it is not there yet. The recipe's files are part of its name."""
+    digest = hashlib.sha256(b"".join(file.read_bytes() for file in recipe)).hexdigest()[:12]
+    path = out or cache() / "models" / f"{name}-{digest}.gguf"
     if not path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
         part = path.with_name(f"{path.name}.{os.getpid()}.part")
-        _write(part, SHAPES[size], size)
+        write(part)
         part.replace(path)
     return path
 
@@ -74,15 +86,17 @@ def cache() -> Path:
     return Path(os.environ.get("LLMRACK_CACHE") or Path.home() / ".cache" / "llmrack")
 
 
-def _vocabulary() -> Path:
-    path = cache() / "models" / Path(VOCABULARY).name
+def vocabulary(name: str = "phi-3") -> Path:
+    """A GGUF that holds a real tokenizer and nothing else, from the pinned source archive."""
+    wanted = VOCABULARIES.format(name)
+    path = cache() / "models" / Path(wanted).name
     if not path.exists():
         sdist = subprocess.run(
             [sys.executable, str(WHEELHOUSE), "sdist"], check=True, stdout=subprocess.PIPE, text=True
         ).stdout.strip()
         path.parent.mkdir(parents=True, exist_ok=True)
         with tarfile.open(sdist) as archive:
-            member = next(m for m in archive if m.name.endswith(VOCABULARY))
+            member = next(m for m in archive if m.name.endswith(wanted))
             source = archive.extractfile(member)
             assert source is not None
             part = path.with_name(f"{path.name}.{os.getpid()}.part")
@@ -92,7 +106,7 @@ def _vocabulary() -> Path:
 
 
 def _write(path: Path, shape: Shape, size: str) -> None:
-    reader = gguf.GGUFReader(_vocabulary())
+    reader = gguf.GGUFReader(vocabulary())
     writer = gguf.GGUFWriter(path, "llama")
     writer.add_name(f"random {size}")
     writer.add_context_length(shape.context)
@@ -103,7 +117,7 @@ def _write(path: Path, shape: Shape, size: str) -> None:
     writer.add_head_count_kv(shape.kv_heads)
     writer.add_layer_norm_rms_eps(1e-5)
     writer.add_rope_dimension_count(shape.embedding // shape.heads)
-    tokens = _copy_tokenizer(reader, writer)
+    tokens = copy_tokenizer(reader, writer)
     writer.add_vocab_size(tokens)
     writer.add_chat_template(TEMPLATE)
     writer.add_file_type(gguf.LlamaFileType.MOSTLY_Q8_0)
@@ -142,7 +156,7 @@ def _write(path: Path, shape: Shape, size: str) -> None:
     writer.close()
 
 
-def _copy_tokenizer(reader: Any, writer: Any) -> int:
+def copy_tokenizer(reader: Any, writer: Any) -> int:
     """Copy every `tokenizer.*` key; return the number of tokens."""
     count = 0
     for field in reader.fields.values():
@@ -160,8 +174,10 @@ def _copy_tokenizer(reader: Any, writer: Any) -> int:
 
 
 if __name__ == "__main__":
+    from tests.tiny_kinds import KINDS
+
     parser = argparse.ArgumentParser(description="make a small GGUF of random weights")
-    parser.add_argument("--size", choices=sorted(SHAPES), default="tiny")
+    parser.add_argument("--size", choices=[*sorted(SHAPES), *sorted(KINDS)], default="tiny")
     parser.add_argument("--out", type=Path, help="where to write it (default: in the cache)")
     options = parser.parse_args()
     print(make(options.size, options.out))

@@ -1,62 +1,80 @@
-"""JSON to engine types and back: the shapes of OpenAI's API, and which of its fields this node honours.
+"""JSON to typed requests: the fields of OpenAI's API and those that open servers share, and which this node honours.
 
 Every field of a request falls in one of three groups, and none is dropped in silence:
 1. it changes the answer and is honoured, within the range that its reader states;
 2. it changes the answer and cannot be honoured: refused by name, unless its value is the neutral one (`REFUSED`);
 3. it is advice, or nobody has heard of it: accepted and named in `x-llmrack-ignored`; `strict_fields` refuses it.
-Source of names and shapes: OpenAI's API reference; top_k, min_p and ignore_eos as other servers of open models spell
-them. Knows nothing of Sanic, the engine's thread or templates.
+Source of names and shapes: OpenAI's API reference; for the extended samplers the README of llama.cpp's server, and
+vLLM's sampling parameters where those have a name of their own. What the fields do is sampler.py's to tell.
+Knows nothing of Sanic, the engine's thread, templates, or how a grammar is compiled.
 """
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
-from llmnode.engine.types import Finish, Sampling
+from llmnode.api.fields import Fields, kind, show
+from llmnode.engine.types import Sampling
 from llmnode.wire.errors import InvalidRequest, ModelNotFound
-from llmnode.wire.node import Usage
 
 MAX_SEED = 2**32 - 2
-MAX_STOPS = 16
-MAX_STOP_CHARACTERS = 256
+MAX_CHOICES = 16
+MAX_STOPS, MAX_STOP_CHARACTERS = 16, 256
+MAX_BREAKERS, MAX_BREAKER_CHARACTERS = 64, 64
+MAX_BIASES, MAX_BIAS = 1024, 100
+MAX_TOP_LOGPROBS = 20
+MAX_WINDOW = 2**31 - 1
+
 ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
 """Roles that a message may have, and what the template calls them: `developer` is OpenAI's new word for `system`."""
 
 REFUSED: Mapping[str, tuple[Any, ...]] = {
+    "adaptive_target": (-1,),
+    "add_generation_prompt": (True,),
+    "allowed_token_ids": ([],),
     "audio": (),
+    "bad_words": ([],),
     "best_of": (1,),
     "chat_template": (),
     "chat_template_kwargs": ({},),
     "continue_final_message": (False,),
+    "dynatemp_range": (0,),
     "echo": (False,),
-    "frequency_penalty": (0,),
     "function_call": ("none",),
     "functions": ([],),
-    "grammar": ("",),
+    "grammar_lazy": (False,),
+    "grammar_triggers": ([],),
     "guided_choice": ([],),
     "guided_grammar": ("",),
     "guided_json": ({}, ""),
     "guided_regex": ("",),
-    "json_schema": ({},),
-    "logit_bias": ({},),
-    "logprobs": (False, 0),
+    "include_stop_str_in_output": (False,),
+    "length_penalty": (1,),
+    "logits_processors": ([],),
+    "lora": ([],),
+    "min_keep": (0,),
     "min_tokens": (0,),
-    "mirostat": (0,),
     "modalities": (["text"],),
-    "presence_penalty": (0,),
+    "n_indent": (0,),
+    "n_predict": (-1,),
+    "n_probs": (0,),
+    "post_sampling_probs": (False,),
+    "prompt_logprobs": (0,),
     "reasoning_effort": (),
-    "repeat_penalty": (1,),
-    "repetition_penalty": (1,),
-    "response_format": ({"type": "text"},),
+    "samplers": (),
+    "skip_special_tokens": (True,),
     "stop_token_ids": ([],),
+    "structured_outputs": ({},),
     "suffix": ("",),
+    "t_max_predict_ms": (-1, 0),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
-    "typical_p": (1,),
+    "truncate_prompt_tokens": (),
+    "use_beam_search": (False,),
     "verbosity": ("medium",),
     "web_search_options": (),
 }
@@ -64,8 +82,25 @@ REFUSED: Mapping[str, tuple[Any, ...]] = {
 
 
 @dataclass(frozen=True)
+class Constraint:
+    """What an answer must match, as the client wrote it. Compiling it may take long, so that is done elsewhere.
+
+    field: where in the request it stood, for errors.       source: a GBNF text or a schema; None for any object.
+    """
+
+    kind: Literal["gbnf", "json_schema", "json_object"]
+    field: str
+    source: Any = None
+
+
+@dataclass(frozen=True)
 class Options:
-    """What every kind of request can say. `max_tokens`: None for "up to the context". `ignored` names advice fields."""
+    """What every kind of request can say.
+
+    max_tokens: None for "up to the context".       choices: answers wanted, each drawn with a seed of its own.
+    logprobs: how many of the most probable tokens to report beside each token; None for no report.
+    ignored: names of the fields that had no effect.
+    """
 
     model: str
     sampling: Sampling
@@ -75,6 +110,9 @@ class Options:
     stream: bool
     include_usage: bool
     ignored: tuple[str, ...]
+    choices: int = 1
+    logprobs: int | None = None
+    constraint: Constraint | None = None
 
 
 @dataclass(frozen=True)
@@ -95,12 +133,14 @@ class CompletionRequest:
 
 @dataclass(frozen=True)
 class Rules:
-    """What this node allows: names of its model, tokens in an answer (0: up to the context), and how strict it is."""
+    """What this node allows: names of its model, tokens in an answer (0: up to the context), answers to one request,
+    and how strict it is."""
 
     models: tuple[str, ...]
     n_vocab: int
     max_tokens: int = 0
     strict: bool = False
+    max_choices: int = MAX_CHOICES
 
 
 def decode(body: bytes) -> dict[str, Any]:
@@ -122,7 +162,7 @@ def decode(body: bytes) -> dict[str, Any]:
     if b"\\u" in body:
         _refuse_lone_surrogates(value)
     if not isinstance(value, dict):
-        raise InvalidRequest(f"the body must be a JSON object, got {_kind(value)}", code="invalid_json")
+        raise InvalidRequest(f"the body must be a JSON object, got {kind(value)}", code="invalid_json")
     return value
 
 
@@ -145,70 +185,9 @@ def inference(body: Mapping[str, Any], rules: Rules, *, seed: int) -> Completion
     fields = Fields(body)
     prompt = fields.get("prompt")
     if not isinstance(prompt, str) or not prompt:
-        raise InvalidRequest(f"prompt must be a text that is not empty, got {_kind(prompt)}", param="prompt")
-    if fields.flag("stream"):
-        raise InvalidRequest("stream is not supported here: use /v1/chat/completions", param="stream")
+        raise InvalidRequest(f"prompt must be a text that is not empty, got {kind(prompt)}", param="prompt")
+    fields.refuse({"stream": (False,), "n": (1,), "logprobs": (False,)}, "is not supported at /inference")
     return CompletionRequest(prompt, _options(fields, rules, seed, chat=False))
-
-
-class Fields:
-    """Reads a JSON object field by field and remembers which were looked at; null counts as absent."""
-
-    def __init__(self, body: Mapping[str, Any], where: str = "") -> None:
-        self._body = {name: value for name, value in body.items() if value is not None}
-        self._seen: set[str] = set()
-        self._where = where
-        self.advice: list[str] = []
-
-    def get(self, name: str) -> Any:
-        """The value as it came, None when it is absent."""
-        self._seen.add(name)
-        return self._body.get(name)
-
-    def number(self, name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
-        """A number from `low` (or above it) to `high`."""
-        value = self.get(name)
-        if value is None:
-            return default
-        good = isinstance(value, (int, float)) and not isinstance(value, bool)
-        if not good or not low <= value <= high or (above and value == low):
-            limits = f"above {low:g} and at most {high:g}" if above else f"from {low:g} to {high:g}"
-            raise InvalidRequest(f"{name} must be a number {limits}, got {_show(value)}", param=name)
-        return float(value)
-
-    def whole(self, name: str, low: int, high: int | None = None) -> int | None:
-        """A whole number from `low` to `high`, None when it is absent."""
-        value = self.get(name)
-        if value is None:
-            return None
-        good = isinstance(value, int) and not isinstance(value, bool)
-        if not good or value < low or (high is not None and value > high):
-            limits = f"from {low} to {high}" if high is not None else f"from {low}"
-            raise InvalidRequest(f"{name} must be a whole number {limits}, got {_show(value)}", param=name)
-        return int(value)
-
-    def flag(self, name: str) -> bool:
-        value = self.get(name)
-        if value is None:
-            return False
-        if not isinstance(value, bool):
-            raise InvalidRequest(f"{name} must be true or false, got {_show(value)}", param=name)
-        return value
-
-    def refuse(self, table: Mapping[str, tuple[Any, ...]]) -> None:
-        """Raise for a field of the table whose value asks for something."""
-        for name, neutral in table.items():
-            value = self.get(name)
-            if value is not None and not any(_same(value, n) for n in neutral):
-                raise InvalidRequest(
-                    f"{self._where}{name} is not supported by this server, got {_show(value)}",
-                    param=self._where + name,
-                    code="unsupported_parameter",
-                )
-
-    def rest(self) -> list[str]:
-        """Names of the fields that nobody has looked at, with the advice found in nested objects."""
-        return sorted({self._where + name for name in self._body if name not in self._seen} | set(self.advice))
 
 
 def _options(fields: Fields, rules: Rules, seed: int, *, chat: bool) -> Options:
@@ -216,25 +195,23 @@ def _options(fields: Fields, rules: Rules, seed: int, *, chat: bool) -> Options:
     if model is None:
         model = rules.models[0]  # this node serves one model, so there is no doubt which is meant
     if not isinstance(model, str) or not model:
-        raise InvalidRequest(f"model must be the name of a model, got {_show(model)}", param="model")
+        raise InvalidRequest(f"model must be the name of a model, got {show(model)}", param="model")
     if model not in rules.models:
         raise ModelNotFound(model, list(rules.models))
-    given_seed = fields.whole("seed", 0, MAX_SEED)
-    sampling = Sampling(
-        temperature=fields.number("temperature", 1.0, 0, 2),
-        top_p=fields.number("top_p", 1.0, 0, 1, above=True),
-        top_k=fields.whole("top_k", 0) or 0,
-        min_p=fields.number("min_p", 0.0, 0, 1),
-        seed=seed if given_seed is None else given_seed,
-    )
-    if fields.whole("n", 1) not in (None, 1):
-        raise InvalidRequest(f"n must be 1, since this server gives one choice, got {fields.get('n')}", param="n")
+    sampling = _sampling(fields, rules, seed)
+    choices = fields.whole("n", 1, rules.max_choices) or 1
+    logprobs = _chat_logprobs(fields) if chat else _completion_logprobs(fields)
     stream = fields.flag("stream")
     include_usage = _stream_options(fields, stream)
     max_tokens = _max_tokens(fields, rules, chat=chat)
-    stop = _stop(fields)
+    stop = fields.texts("stop", MAX_STOPS, MAX_STOP_CHARACTERS, or_one=True) or ()
+    constraint = _constraint(fields)
     ignore_eos = fields.flag("ignore_eos")
-    fields.refuse(REFUSED)
+    if ignore_eos and constraint:
+        raise InvalidRequest(
+            f"ignore_eos and {constraint.field} contradict each other: what must match has an end", param="ignore_eos"
+        )
+    fields.refuse({**REFUSED, "best_of": (choices,)})
     ignored = tuple(fields.rest())
     if ignored and rules.strict:
         raise InvalidRequest(
@@ -242,7 +219,159 @@ def _options(fields: Fields, rules: Rules, seed: int, *, chat: bool) -> Options:
             param=ignored[0],
             code="unknown_parameter",
         )
-    return Options(model, sampling, max_tokens, stop, ignore_eos, stream, include_usage, ignored)
+    return Options(
+        model, sampling, max_tokens, stop, ignore_eos, stream, include_usage, ignored, choices, logprobs, constraint
+    )
+
+
+def _sampling(fields: Fields, rules: Rules, seed: int) -> Sampling:
+    """-1 is llama.cpp's way to switch a truncation off (and vLLM's for top_k), or to leave the seed to the server."""
+    given_seed = fields.whole("seed", -1, MAX_SEED)
+    repeat_penalty, repeat_last_n = _repetition(fields)
+    breakers = fields.texts("dry_sequence_breakers", MAX_BREAKERS, MAX_BREAKER_CHARACTERS)
+    plain = Sampling()
+    return Sampling(
+        temperature=fields.number("temperature", 1.0, 0, 2),
+        top_p=fields.number("top_p", 1.0, 0, 1, above=True),
+        top_k=max(0, fields.whole("top_k", -1, MAX_WINDOW) or 0),
+        min_p=fields.number("min_p", 0.0, 0, 1),
+        seed=seed if given_seed is None or given_seed < 0 else given_seed,
+        typical_p=fields.number("typical_p", 1.0, 0, 1, above=True),
+        top_n_sigma=max(0.0, fields.number("top_n_sigma", 0.0, -1, 100)),
+        xtc_probability=fields.number("xtc_probability", 0.0, 0, 1),
+        xtc_threshold=fields.number("xtc_threshold", plain.xtc_threshold, 0, 1),
+        dry_multiplier=fields.number("dry_multiplier", 0.0, 0, 100),
+        dry_base=fields.number("dry_base", plain.dry_base, 1, 100),
+        dry_allowed_length=_or(fields.whole("dry_allowed_length", 0, 1024), plain.dry_allowed_length),
+        dry_last_n=_or(fields.whole("dry_penalty_last_n", -1, MAX_WINDOW), plain.dry_last_n),
+        dry_breakers=plain.dry_breakers if breakers is None else breakers,
+        repeat_penalty=repeat_penalty,
+        repeat_last_n=repeat_last_n,
+        frequency_penalty=fields.number("frequency_penalty", 0.0, -2, 2),
+        presence_penalty=fields.number("presence_penalty", 0.0, -2, 2),
+        logit_bias=_logit_bias(fields, rules),
+        mirostat=fields.whole("mirostat", 0, 2) or 0,
+        mirostat_tau=fields.number("mirostat_tau", plain.mirostat_tau, 0, 100, above=True),
+        mirostat_eta=fields.number("mirostat_eta", plain.mirostat_eta, 0, 1),
+    )
+
+
+def _repetition(fields: Fields) -> tuple[float, int]:
+    """The penalty on repetition and its window. vLLM's name means all tokens of prompt and answer, llama.cpp's the
+    last 64, where repeat_last_n does not say otherwise."""
+    ours = fields.number("repeat_penalty", 0.0, 0, 10, above=True)
+    theirs = fields.number("repetition_penalty", 0.0, 0, 10, above=True)
+    if ours and theirs and ours != theirs:
+        raise InvalidRequest(
+            f"repetition_penalty ({theirs:g}) and repeat_penalty ({ours:g}) contradict each other: send one",
+            param="repetition_penalty",
+        )
+    last_n = -1 if theirs and not ours else Sampling().repeat_last_n
+    return ours or theirs or 1.0, _or(fields.whole("repeat_last_n", -1, MAX_WINDOW), last_n)
+
+
+def _logit_bias(fields: Fields, rules: Rules) -> tuple[tuple[int, float], ...]:
+    """OpenAI's object of {"ID": BIAS}, or llama.cpp's list of [ID, BIAS], where false as a bias forbids the token."""
+    value = fields.get("logit_bias")
+    if value is None:
+        return ()
+    if not isinstance(value, (dict, list)):
+        raise fields.wrong("logit_bias", "must be an object of token ids and biases", value)
+    if len(value) > MAX_BIASES:
+        raise InvalidRequest(f"logit_bias may hold {MAX_BIASES} tokens at most, got {len(value)}", param="logit_bias")
+    pairs = [(_id_of(key), bias) for key, bias in value.items()] if isinstance(value, dict) else value
+    biases: dict[int, float] = {}
+    for pair in pairs:
+        if not isinstance(pair, (tuple, list)) or len(pair) != 2:
+            raise fields.wrong("logit_bias", "as a list must hold pairs of a token id and a bias", pair)
+        token, bias = pair
+        if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < rules.n_vocab:
+            raise fields.wrong("logit_bias", f"must name token ids from 0 to {rules.n_vocab - 1}", token)
+        if token in biases:
+            raise fields.wrong("logit_bias", "names a token twice", token)
+        if bias is False and isinstance(value, list):
+            biases[token] = -math.inf
+        elif isinstance(bias, bool) or not isinstance(bias, (int, float)) or not -MAX_BIAS <= bias <= MAX_BIAS:
+            raise fields.wrong("logit_bias", f"must have a bias from -{MAX_BIAS} to {MAX_BIAS} for token {token}", bias)
+        else:
+            biases[token] = float(bias)
+    return tuple((token, bias) for token, bias in biases.items() if bias)
+
+
+def _id_of(key: str) -> Any:
+    """The token id in a key of OpenAI's object; what is none stays as it is, for the error."""
+    return int(key) if key.isascii() and key.isdigit() and len(key) <= 10 else key
+
+
+def _chat_logprobs(fields: Fields) -> int | None:
+    wanted, top = fields.flag("logprobs"), fields.whole("top_logprobs", 0, MAX_TOP_LOGPROBS)
+    if top and not wanted:
+        raise InvalidRequest(f"top_logprobs ({top}) is only allowed with logprobs: true", param="top_logprobs")
+    return (top or 0) if wanted else None
+
+
+def _completion_logprobs(fields: Fields) -> int | None:
+    """In completions `logprobs` is itself the number; 0 reports the drawn tokens alone."""
+    fields.refuse({"top_logprobs": (0,)})
+    return None if fields.get("logprobs") is False else fields.whole("logprobs", 0, MAX_TOP_LOGPROBS)
+
+
+def _constraint(fields: Fields) -> Constraint | None:
+    found = [one for one in (_response_format(fields), _json_schema(fields), _grammar(fields)) if one]
+    if len(found) > 1:
+        raise InvalidRequest(
+            f"{found[1].field} and {found[0].field} contradict each other: send one", param=found[1].field
+        )
+    return found[0] if found else None
+
+
+def _grammar(fields: Fields) -> Constraint | None:
+    text = fields.get("grammar")
+    if text is None or text == "":
+        return None
+    if not isinstance(text, str):
+        raise InvalidRequest(f"grammar must be a text, got {kind(text)}", param="grammar")
+    return Constraint("gbnf", "grammar", text)
+
+
+def _json_schema(fields: Fields) -> Constraint | None:
+    """llama.cpp's field: a schema as it is; an empty one stands for any object."""
+    schema = fields.object("json_schema")
+    if schema is None:
+        return None
+    return Constraint("json_schema", "json_schema", schema) if schema else Constraint("json_object", "json_schema")
+
+
+def _response_format(fields: Fields) -> Constraint | None:
+    """OpenAI's field, with llama.cpp's `schema` in a json_object. `strict: false` is held to the schema as well."""
+    value = fields.object("response_format")
+    if value is None:
+        return None
+    format = Fields(value, "response_format.")
+    type = format.get("type")
+    constraint = None
+    if type == "json_object":
+        schema = format.object("schema")
+        constraint = Constraint("json_object", "response_format")
+        if schema:
+            constraint = Constraint("json_schema", "response_format.schema", schema)
+    elif type == "json_schema":
+        inner = Fields(format.object("json_schema") or {}, "response_format.json_schema.")
+        schema = inner.object("schema")
+        if schema is None:
+            raise inner.wrong("schema", "must be an object", schema)
+        inner.flag("strict")
+        inner.get("name")  # OpenAI wants one; it names the schema and says nothing of the answer
+        constraint = Constraint("json_schema", "response_format.json_schema.schema", schema)
+        fields.advice += inner.rest()
+    elif type != "text":
+        raise format.wrong("type", "must be text, json_object or json_schema", type)
+    fields.advice += format.rest()
+    return constraint
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
 
 
 def _max_tokens(fields: Fields, rules: Rules, *, chat: bool) -> int | None:
@@ -257,38 +386,16 @@ def _max_tokens(fields: Fields, rules: Rules, *, chat: bool) -> int | None:
     return new or old or limit
 
 
-def _stop(fields: Fields) -> tuple[str, ...]:
-    value = fields.get("stop")
-    texts = [value] if isinstance(value, str) else value if value is not None else []
-    if not isinstance(texts, list) or not all(isinstance(t, str) and t for t in texts):
-        raise InvalidRequest(f"stop must be a text or a list of texts, none empty, got {_show(value)}", param="stop")
-    if len(texts) > MAX_STOPS:
-        raise InvalidRequest(f"stop may hold {MAX_STOPS} texts at most, got {len(texts)}", param="stop")
-    longest = max((len(t) for t in texts), default=0)
-    if longest > MAX_STOP_CHARACTERS:
-        raise InvalidRequest(
-            f"a text in stop may have {MAX_STOP_CHARACTERS} characters at most, got {longest}", param="stop"
-        )
-    return tuple(texts)
-
-
 def _stream_options(fields: Fields, stream: bool) -> bool:
-    value = fields.get("stream_options")
+    value = fields.object("stream_options")
     if value is None:
         return False
-    if not isinstance(value, dict):
-        raise InvalidRequest(f"stream_options must be an object, got {_kind(value)}", param="stream_options")
     if not stream:
         raise InvalidRequest("stream_options is only allowed with stream: true", param="stream_options")
     inner = Fields(value, "stream_options.")
-    wanted = inner.get("include_usage")
-    if wanted is not None and not isinstance(wanted, bool):
-        raise InvalidRequest(
-            f"stream_options.include_usage must be true or false, got {_show(wanted)}",
-            param="stream_options.include_usage",
-        )
+    wanted = inner.flag("include_usage")
     fields.advice += inner.rest()
-    return bool(wanted)
+    return wanted
 
 
 def _prompt(fields: Fields, rules: Rules) -> str | tuple[int, ...]:
@@ -299,7 +406,7 @@ def _prompt(fields: Fields, rules: Rules) -> str | tuple[int, ...]:
         return value
     if not isinstance(value, list) or not value:
         raise InvalidRequest(
-            f"prompt must be a text or a list of token ids, not empty, got {_kind(value)}", param="prompt"
+            f"prompt must be a text or a list of token ids, not empty, got {kind(value)}", param="prompt"
         )
     if isinstance(value[0], (str, list)):
         raise InvalidRequest(
@@ -308,7 +415,7 @@ def _prompt(fields: Fields, rules: Rules) -> str | tuple[int, ...]:
     for index, token in enumerate(value):
         if not isinstance(token, int) or isinstance(token, bool) or not 0 <= token < rules.n_vocab:
             raise InvalidRequest(
-                f"prompt[{index}] must be a token id from 0 to {rules.n_vocab - 1}, got {_show(token)}", param="prompt"
+                f"prompt[{index}] must be a token id from 0 to {rules.n_vocab - 1}, got {show(token)}", param="prompt"
             )
     return tuple(value)
 
@@ -316,25 +423,23 @@ def _prompt(fields: Fields, rules: Rules) -> str | tuple[int, ...]:
 def _messages(fields: Fields) -> tuple[Mapping[str, Any], ...]:
     value = fields.get("messages")
     if not isinstance(value, list) or not value:
-        raise InvalidRequest(f"messages must be a list with at least one message, got {_kind(value)}", param="messages")
+        raise InvalidRequest(f"messages must be a list with at least one message, got {kind(value)}", param="messages")
     return tuple(_message(message, f"messages[{index}]", fields.advice) for index, message in enumerate(value))
 
 
 def _message(value: Any, where: str, advice: list[str]) -> Mapping[str, Any]:
     if not isinstance(value, dict):
-        raise InvalidRequest(f"{where} must be an object with role and content, got {_kind(value)}", param=where)
+        raise InvalidRequest(f"{where} must be an object with role and content, got {kind(value)}", param=where)
     fields = Fields(value, where + ".")
     role = fields.get("role")
     if not isinstance(role, str) or role not in ROLES:
-        raise InvalidRequest(
-            f"{where}.role must be one of {', '.join(ROLES)}, got {_show(role)}", param=f"{where}.role"
-        )
+        raise fields.wrong("role", f"must be one of {', '.join(ROLES)}", role)
     fields.refuse({"tool_calls": ([],), "function_call": (), "audio": ()})
     message: dict[str, Any] = {"role": ROLES[role], "content": _content(fields, where, advice)}
     for name in ("name", "reasoning_content"):
         text = fields.get(name)
         if text is not None and not isinstance(text, str):
-            raise InvalidRequest(f"{where}.{name} must be a text, got {_kind(text)}", param=f"{where}.{name}")
+            raise InvalidRequest(f"{where}.{name} must be a text, got {kind(text)}", param=f"{where}.{name}")
         if text:
             message[name] = text
     advice += fields.rest()
@@ -348,69 +453,21 @@ def _content(fields: Fields, where: str, advice: list[str]) -> str:
         return value
     param = f"{where}.content"
     if not isinstance(value, list) or not value:
-        raise InvalidRequest(f"{param} must be a text or a list of parts, got {_kind(value)}", param=param)
+        raise InvalidRequest(f"{param} must be a text or a list of parts, got {kind(value)}", param=param)
     texts = []
     for index, item in enumerate(value):
         at = f"{param}[{index}]"
         if not isinstance(item, dict):
-            raise InvalidRequest(f"{at} must be an object with a type, got {_kind(item)}", param=at)
+            raise InvalidRequest(f"{at} must be an object with a type, got {kind(item)}", param=at)
         part = Fields(item, at + ".")
-        kind, text = part.get("type"), part.get("text")
-        if kind != "text":
-            raise InvalidRequest(
-                f"{at}.type must be text, which is all that this model takes, got {_show(kind)}", param=f"{at}.type"
-            )
+        text = part.get("text")
+        if part.get("type") != "text":
+            raise part.wrong("type", "must be text, which is all that this model takes", part.get("type"))
         if not isinstance(text, str):
-            raise InvalidRequest(f"{at}.text must be a text, got {_kind(text)}", param=f"{at}.text")
+            raise InvalidRequest(f"{at}.text must be a text, got {kind(text)}", param=f"{at}.text")
         texts.append(text)
         advice += part.rest()
     return "".join(texts)
-
-
-@dataclass(frozen=True)
-class Shape:
-    """How one answer is written down: as a chat or a completion, whole or in chunks."""
-
-    id: str
-    created: int
-    model: str
-    chat: bool
-
-    def whole(self, text: str, finish: Finish, usage: Usage) -> dict[str, Any]:
-        """The body of an answer that is not streamed."""
-        content = {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish.value}
-        body = self._frame("chat.completion" if self.chat else "text_completion", [choice])
-        return {**body, "usage": usage.openai()}
-
-    def first(self) -> dict[str, Any] | None:
-        """The chunk that says who speaks; completions have none."""
-        return self._chunk({"role": "assistant", "content": ""}, None) if self.chat else None
-
-    def piece(self, text: str) -> dict[str, Any]:
-        return self._chunk({"content": text} if self.chat else text, None)
-
-    def last(self, finish: Finish) -> dict[str, Any]:
-        return self._chunk({} if self.chat else "", finish.value)
-
-    def usage(self, usage: Usage) -> dict[str, Any]:
-        """The chunk without choices that ends a stream when stream_options.include_usage asks for it."""
-        return {**self._frame("chat.completion.chunk" if self.chat else "text_completion", []), "usage": usage.openai()}
-
-    def _chunk(self, delta: Any, finish: str | None) -> dict[str, Any]:
-        content = {"delta": delta} if self.chat else {"text": delta}
-        choice = {"index": 0, **content, "logprobs": None, "finish_reason": finish}
-        return self._frame("chat.completion.chunk" if self.chat else "text_completion", [choice])
-
-    def _frame(self, kind: str, choices: list[Any]) -> dict[str, Any]:
-        return {
-            "id": self.id,
-            "object": kind,
-            "created": self.created,
-            "model": self.model,
-            "system_fingerprint": None,
-            "choices": choices,
-        }
 
 
 def models(names: tuple[str, ...], created: int) -> dict[str, Any]:
@@ -432,25 +489,3 @@ def _refuse_lone_surrogates(value: Any) -> None:
             f"the body holds an unpaired surrogate, {error.object[error.start]!a}, which is no character",
             code="invalid_json",
         ) from None
-
-
-def _same(value: Any, neutral: Any) -> bool:
-    """Equal, without true being 1 or false being 0."""
-    return value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
-
-
-def _kind(value: Any) -> str:
-    if value is None:
-        return "nothing"
-    if isinstance(value, bool):
-        return "true or false"
-    names = {str: "a text", dict: "an object", list: "a list", int: "a number", float: "a number"}
-    if value in ("", [], {}):
-        return names[type(value)] + " that is empty"
-    return names[type(value)]
-
-
-def _show(value: Any) -> str:
-    """A value for a message, cut so that a hostile one does not fill the log."""
-    text = "nothing" if value is None else json.dumps(value, ensure_ascii=False)
-    return text if len(text) <= 80 else text[:77] + "..."

@@ -9,17 +9,19 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property, partial
 
-from llmnode.api.schema import ChatRequest, CompletionRequest, Rules
+from llmnode.api.schema import MAX_CHOICES, ChatRequest, CompletionRequest, Constraint, Rules
 from llmnode.api.stream import Mailbox
 from llmnode.chat.template import ChatTemplate
 from llmnode.engine.backend import Backend
+from llmnode.engine.grammar import Grammar, Grammars
 from llmnode.engine.loop import Engine
-from llmnode.engine.types import Ask, Failed, Stats
+from llmnode.engine.types import Ask, Stats
 from llmnode.metrics import HostProbe, Meter, Metrics
 from llmnode.settings import Settings
 from llmnode.wire.errors import Overloaded
@@ -35,13 +37,28 @@ class Served:
     template: ChatTemplate
     bos: tuple[int, ...]
 
-    def chat_prompt(self, request: ChatRequest) -> tuple[int, ...]:
-        """Ids of a conversation. May take long (a foreign template, a long text): call it off the event loop."""
-        return self._ids(self.template.render(request.messages))
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What compiles constraints for this vocabulary; made when the first request brings one."""
+        return Grammars(self.backend.pieces, self.backend.end_tokens)
 
-    def completion_prompt(self, request: CompletionRequest) -> tuple[int, ...]:
-        """Ids of a prompt; those given as ids are used as they are."""
-        return self._ids(request.prompt) if isinstance(request.prompt, str) else request.prompt
+    def prepare(self, request: ChatRequest | CompletionRequest) -> tuple[tuple[int, ...], Grammar | None]:
+        """Ids of the prompt, and the constraint compiled. Raises InvalidRequest.
+
+        May take long (a foreign template, a long text, a large schema): call it off the event loop.
+        """
+        constraint = request.options.constraint
+        grammar = None if constraint is None else self._compiled(constraint)
+        if isinstance(request, ChatRequest):
+            return self._ids(self.template.render(request.messages)), grammar
+        return self._ids(request.prompt) if isinstance(request.prompt, str) else request.prompt, grammar
+
+    def _compiled(self, constraint: Constraint) -> Grammar:
+        if constraint.kind == "gbnf":
+            return self.grammars.gbnf(constraint.source)
+        if constraint.kind == "json_schema":
+            return self.grammars.json_schema(constraint.source, param=constraint.field)
+        return self.grammars.json_object()
 
     def _ids(self, text: str) -> tuple[int, ...]:
         """BOS goes in front where the model wants it, unless the template has put it there already."""
@@ -105,7 +122,7 @@ class Serving:
     def cut(self, why: str) -> None:
         """End every answer under way with an error event."""
         for mailbox in tuple(self._mailboxes):
-            mailbox.put(Failed(Overloaded(why, code="node_stopping")))
+            mailbox.fail(Overloaded(why, code="node_stopping"))
 
     # What is asked of it
 
@@ -133,28 +150,38 @@ class Serving:
         )
 
     @contextmanager
-    def answer(self, served: Served, ask: Ask) -> Iterator[tuple[Mailbox, Meter]]:
-        """Hand an ask to the engine; leaving the block, however that happens, gives its slot back at once."""
-        meter = self.metrics.meter()
-        mailbox = Mailbox(meter.observe)
-        ticket = served.engine.submit(ask, mailbox.put)
+    def answer(self, served: Served, asks: Sequence[Ask]) -> Iterator[tuple[Mailbox, Meter]]:
+        """Hand the choices of a request to the engine; leaving the block, however that happens, gives their slots back
+        at once."""
+        meter = self.metrics.meter(len(asks))
+        mailbox = Mailbox(meter.observe, len(asks))
+        tickets: list[int] = []
         self._mailboxes.add(mailbox)
         try:
+            for choice, ask in enumerate(asks):
+                tickets.append(served.engine.submit(ask, partial(mailbox.put, choice)))
             yield mailbox, meter
         finally:
             self._mailboxes.discard(mailbox)
-            served.engine.cancel(ticket)
+            for ticket in tickets:
+                served.engine.cancel(ticket)
 
-    async def prompt(self, served: Served, request: ChatRequest | CompletionRequest) -> tuple[int, ...]:
-        """Token ids of a request, computed off the event loop."""
-        loop = asyncio.get_running_loop()
-        if isinstance(request, ChatRequest):
-            return await loop.run_in_executor(self._executor, served.chat_prompt, request)
-        return await loop.run_in_executor(self._executor, served.completion_prompt, request)
+    async def prepare(
+        self, served: Served, request: ChatRequest | CompletionRequest
+    ) -> tuple[tuple[int, ...], Grammar | None]:
+        """Token ids of a request and its compiled constraint, computed off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, served.prepare, request)
 
     def rules(self, served: Served) -> Rules:
         settings = self.settings
-        return Rules(settings.names, served.backend.info.n_vocab, settings.max_tokens, settings.strict_fields)
+        return Rules(
+            models=settings.names,
+            n_vocab=served.backend.info.n_vocab,
+            max_tokens=settings.max_tokens,
+            strict=settings.strict_fields,
+            # More could not even wait here, on a node that does nothing else.
+            max_choices=min(MAX_CHOICES, settings.slots + settings.queue_limit),
+        )
 
     def seed(self) -> int:
         """A seed for a request that brought none."""

@@ -3,9 +3,9 @@
 Owns: the contract that `llama.py` and `fake.py` both keep, and the errors that cross it. Refuses to know: requests,
 scheduling, text, and which of the two is behind the seam.
 
-A backend holds up to `room.slots` token sequences in `room.kv_cells` cells. Sequences are numbered from 0 to
-`room.slots - 1`; the cell of position p of a sequence exists once a decode that carried it has returned OK. All methods
-but `tokenize` belong to one thread, the engine's.
+A backend holds up to `room.sequences` token sequences in `room.kv_cells` cells. Sequences are numbered from 0; the
+cell of position p of a sequence exists once a decode that carried it has returned OK. Sequences may share cells
+(`seq_copy`). All methods but `tokenize` belong to one thread, the engine's.
 """
 
 from __future__ import annotations
@@ -43,43 +43,62 @@ class Chunk(NamedTuple):
 
     seq: the sequence.        start: position of the first token, equal to the tokens that the sequence has so far.
     tokens: ids, at least one, in anything that numpy reads as int32.
-    wanted: whether the logits after the last token are wanted. Those of the others never are.
+    rows: of how many of its last tokens the logits are wanted, 0 to len(tokens).
     """
 
     seq: int
     start: int
     tokens: Sequence[int]
-    wanted: bool
+    rows: int
 
 
 @dataclass(frozen=True)
 class Room:
-    """What fits: `slots` sequences at once, `n_ctx` tokens in each, `kv_cells` tokens in all, `n_batch` in one step."""
+    """What fits.
+
+    slots: sequences that are answered at once.         n_ctx: tokens in each of them.
+    kv_cells: tokens in all sequences together, shared ones counted once.
+    n_batch: tokens in one step.
+    sequences: sequences that can be held, answered or idle; 0 in the constructor stands for `slots`.
+    rows: rows of logits in one step; 0 in the constructor stands for `slots`.
+    """
 
     slots: int
     n_ctx: int
     kv_cells: int
     n_batch: int
+    sequences: int = 0
+    rows: int = 0
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "sequences", self.sequences or self.slots)
+        object.__setattr__(self, "rows", self.rows or self.slots)
         if min(self.slots, self.n_ctx, self.kv_cells, self.n_batch) < 1:
             raise ValueError(f"every figure of {self} must be at least 1")
         if self.n_batch < self.slots:
             raise ValueError(f"n_batch ({self.n_batch}) must be at least slots ({self.slots}): one token each")
         if self.kv_cells < self.n_ctx:
             raise ValueError(f"kv_cells ({self.kv_cells}) must be at least n_ctx ({self.n_ctx}): one full request")
+        if self.sequences < self.slots or self.rows < self.slots:
+            raise ValueError(f"sequences and rows of {self} must be at least its slots")
+
+
+Saved = bytearray
+"""A sequence's cells, taken out of the backend: for the same model, options and version of llama.cpp only."""
 
 
 class Backend(Protocol):
     """Computes logits for several token sequences at once.
 
     info: what the model says of itself.        room: what fits.
+    can_cut: whether a sequence can forget its last tokens (attention can, recurrent state cannot). Probed at load.
     pieces: bytes of each token as text; control tokens are empty. Length n_vocab.
     end_tokens: ids that end an answer.         devices: what the model runs on.
     """
 
     info: ModelInfo
     room: Room
+    can_cut: bool
     pieces: Sequence[bytes]
     end_tokens: frozenset[int]
     devices: tuple[Device, ...]
@@ -89,11 +108,14 @@ class Backend(Protocol):
         ...
 
     def decode(self, chunks: Sequence[Chunk]) -> int:
-        """Compute the chunks in one batch, at most `room.n_batch` tokens. Returns one of the codes above."""
+        """Compute the chunks in one batch, at most `room.n_batch` tokens and `room.rows` rows, each sequence once.
+
+        Returns one of the codes above."""
         ...
 
     def logits(self) -> NDArray[np.float32]:
-        """Shape (rows, n_vocab): one row for each wanted chunk of the last OK decode. Valid until the next decode."""
+        """Shape (rows, n_vocab): the rows that the chunks of the last OK decode wanted, in their order. Valid until
+        the next decode."""
         ...
 
     def seq_length(self, seq: int) -> int:
@@ -104,8 +126,27 @@ class Backend(Protocol):
         """Forget positions from `start` on. False when the model cannot forget a part; all of it always works."""
         ...
 
+    def seq_reusable(self, seq: int, length: int) -> bool:
+        """Whether going on after the first `length` tokens of this sequence, here or in a copy, would be exact.
+
+        Attention: always. Sliding windows: while the tokens that the window still sees are held. Recurrent state: only
+        at its very end."""
+        ...
+
     def seq_copy(self, source: int, target: int, length: int) -> None:
-        """Give `target`, which must be empty, the first `length` positions of `source`, sharing their cells."""
+        """Give `target`, which must be empty, the first `length` positions of `source`, sharing their cells.
+
+        `seq_reusable(source, length)` must be true."""
+        ...
+
+    def seq_save(self, seq: int) -> Saved:
+        """The sequence's cells, to bring it back with `seq_load`. Changes nothing. Empty when it cannot be saved."""
+        ...
+
+    def seq_load(self, seq: int, saved: Saved) -> bool:
+        """Fill a sequence, which must be empty, from `seq_save`. It takes cells of its own. False when it does not fit
+        or
+        is not for this backend: then the sequence is empty."""
         ...
 
     def close(self) -> None:

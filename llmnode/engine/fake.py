@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
-from llmnode.engine.backend import BAD_BATCH, NO_ROOM, OK, Chunk, Room
+from llmnode.engine.backend import BAD_BATCH, NO_ROOM, OK, Chunk, Room, Saved
 from llmnode.engine.types import ModelInfo
 from llmnode.wire.node import Device
 
@@ -28,6 +28,8 @@ TEMPLATE = (
     "{{ bos_token }}{% for message in messages %}<|{{ message.role }}|>{{ message.content }}<|end|>{% endfor %}"
     "{% if add_generation_prompt %}<|assistant|>{% endif %}"
 )
+_CELL = 16
+"""Bytes of a cell: enough that no two prefixes share a hash."""
 _SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
 
 
@@ -37,6 +39,7 @@ class FakeBackend:
 
     step_delay_s: how long each decode takes beside its own work, so that a caller can hold streams open.
     sleep: how to wait that long.
+    can_cut: whether sequences can forget a part, as attention can; without it they behave like recurrent state.
     """
 
     def __init__(
@@ -45,6 +48,7 @@ class FakeBackend:
         *,
         step_delay_s: float = 0.0,
         legible: bool = True,
+        can_cut: bool = True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         self.info = ModelInfo(
@@ -58,8 +62,10 @@ class FakeBackend:
             bos=SPECIALS[0],
             eos=SPECIALS[1],
             add_bos=True,
+            cell_bytes=_CELL,
         )
         self.room = room
+        self.can_cut = can_cut
         self.pieces: Sequence[bytes] = [bytes([byte]) for byte in range(256)] + [b""] * len(SPECIALS)
         self.end_tokens = frozenset({END})
         self.devices: tuple[Device, ...] = ()
@@ -85,8 +91,8 @@ class FakeBackend:
     def decode(self, chunks: Sequence[Chunk]) -> int:
         if self._delay:
             self._sleep(self._delay)
-        size = sum(len(chunk.tokens) for chunk in chunks)
-        if not 0 < size <= self.room.n_batch or not all(self._is_good(chunk) for chunk in chunks):
+        size, rows = sum(len(chunk.tokens) for chunk in chunks), sum(chunk.rows for chunk in chunks)
+        if not 0 < size <= self.room.n_batch or rows > self.room.rows or not all(map(self._is_good, chunks)):
             return BAD_BATCH
         if len(self._holders) + size > self.room.kv_cells:
             return NO_ROOM
@@ -95,11 +101,10 @@ class FakeBackend:
             cells = self._cells.setdefault(chunk.seq, [])
             state = cells[-1] if cells else b""
             for token in chunk.tokens:
-                state = blake2b(state + token.to_bytes(4, "little"), digest_size=16).digest()
+                state = blake2b(state + token.to_bytes(4, "little"), digest_size=_CELL).digest()
                 cells.append(state)
                 self._hold(state, +1)
-            if chunk.wanted:
-                self._rows.append(state)
+            self._rows += cells[len(cells) - chunk.rows :]
         return OK
 
     def logits(self) -> NDArray[np.float32]:
@@ -114,15 +119,32 @@ class FakeBackend:
 
     def seq_remove(self, seq: int, start: int = 0) -> bool:
         cells = self._cells.get(seq, [])
+        if not self.can_cut and 0 < start < len(cells):
+            return False
         for state in cells[start:]:
             self._hold(state, -1)
         del cells[start:]
         return True
 
+    def seq_reusable(self, seq: int, length: int) -> bool:
+        return length <= self.seq_length(seq) if self.can_cut else length == self.seq_length(seq)
+
     def seq_copy(self, source: int, target: int, length: int) -> None:
         self._cells[target] = self._cells[source][:length]
         for state in self._cells[target]:
             self._hold(state, +1)
+
+    def seq_save(self, seq: int) -> Saved:
+        return bytearray(b"".join(self._cells.get(seq, ())))
+
+    def seq_load(self, seq: int, saved: Saved) -> bool:
+        size = len(saved) // _CELL
+        if len(saved) % _CELL or len(self._holders) + size > self.room.kv_cells:
+            return False
+        self._cells[seq] = [bytes(saved[at : at + _CELL]) for at in range(0, len(saved), _CELL)]
+        for state in self._cells[seq]:
+            self._hold(state, +1)
+        return True
 
     def close(self) -> None:
         self._cells.clear()
@@ -130,8 +152,9 @@ class FakeBackend:
 
     def _is_good(self, chunk: Chunk) -> bool:
         return (
-            0 <= chunk.seq < self.room.slots
+            0 <= chunk.seq < self.room.sequences
             and chunk.start == self.seq_length(chunk.seq)
+            and 0 <= chunk.rows <= len(chunk.tokens)
             and all(0 <= token < self.info.n_vocab for token in chunk.tokens)
         )
 

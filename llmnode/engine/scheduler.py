@@ -1,91 +1,51 @@
-"""What goes into the next batch, and what a step's results mean. Pure: no clock, no thread, no model, no numpy.
+"""Who runs, who waits, and what goes into the next batch. Pure: no clock, no thread, no backend.
 
-Owns: the queue, the slots, how far each sequence has come, and the account of KV cells. Refuses to know: how logits are
-computed or tokens drawn, who asked, and what time it is.
+Owns: the queue and the slots. Refuses to know: where cells are (memory.py), how logits are computed or tokens drawn,
+who asked, and what time it is. It decides; loop.py acts.
 
 There are no phases. A sequence has tokens it knows (prompt and answer so far) and tokens that are computed; each step
-lets the second catch up with the first. A sequence one token behind is decoding, one further behind is prefilling.
+lets the second catch up with the first. A sequence one token behind is decoding, one further behind is prefilling, be
+it a new prompt, an answer begun elsewhere, or one that had to give way and is computed again.
 
-1. Admission is first come, first served. It reserves the cells that prompt and longest answer need, so that no running
-   answer can ever meet a full cache.
-2. Every sequence that is one token behind gets that token into the batch: answers go on whatever arrives.
-3. What is left of the batch is shared out evenly between the others. One that needs less than its share leaves the rest
-   to those that need more, so a long prompt never holds back a short one.
+1. Admission is in order of arrival, while slots last and cells do: for what is known of the sequence, what running ones
+   still have to prefill, and _AHEAD more tokens for each. So the cache is over-committed on purpose, since most answers
+   end early. One whose turn has come may be passed by smaller ones, but only _PASSES times.
+2. Every sequence that is one token behind gets that token into the batch, and its guesses: answers go on whatever
+   arrives.
+3. Prompts share what is left, at most the limit that keeps running answers fluent. Shares are even; one that needs less
+   than its share leaves the rest to those that need more, so a long prompt never holds back a short one.
+4. When cells run out after all, the sequence that is cheapest to bring back gives way, for what it frees, and goes to
+   the head of the queue. The oldest never does: so there is always one that gets to its end, and then the next.
 """
 
 from __future__ import annotations
 
-import heapq
+import bisect
 from array import array
-from collections import deque
 from collections.abc import Callable, Iterable
 from collections.abc import Sequence as Many
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from llmnode.engine.backend import Chunk, Room
-from llmnode.engine.text import TextStream
-from llmnode.engine.types import Ask, Finish, Sink
+from llmnode.engine.sequence import NOWHERE, Sequence
 
-WAITING = -1
-
-
-@dataclass(eq=False, slots=True)
-class Sequence:
-    """One answer in the making.
-
-    limit: answer tokens at most.       slot: its sequence number in the backend, WAITING before it has one.
-    computed: tokens whose cells exist. fresh: answer tokens since the last event.
-    submitted, admitted, first: moments on the loop's clock; None before they happened.
-    """
-
-    id: int
-    ask: Ask
-    sink: Sink
-    limit: int
-    text: TextStream
-    submitted: float
-    tokens: array[int] = field(init=False)
-    slot: int = WAITING
-    computed: int = 0
-    answered: int = 0
-    fresh: list[int] = field(default_factory=list)
-    admitted: float | None = None
-    first: float | None = None
-
-    def __post_init__(self) -> None:
-        self.tokens = array("i", self.ask.prompt)
-
-    @property
-    def cells(self) -> int:
-        """Cells reserved for it: those of its prompt and of its longest answer."""
-        return len(self.ask.prompt) + self.limit
-
-    @property
-    def behind(self) -> int:
-        """Tokens known and not computed."""
-        return len(self.tokens) - self.computed
-
-    def take(self, token: int, end_tokens: frozenset[int]) -> tuple[str, Finish | None]:
-        """Add a drawn token. Returns the text that it makes certain and, when it ends the answer, why."""
-        self.tokens.append(token)
-        self.fresh.append(token)
-        self.answered += 1
-        if token in end_tokens and not self.ask.ignore_eos:
-            return self.text.flush(), Finish.STOP
-        text = self.text.push(token)
-        if self.text.stopped:
-            return text, Finish.STOP
-        if self.answered >= self.limit:
-            return text + self.text.flush(), Finish.LENGTH
-        return text, None
+_AHEAD = 32
+"""Answer tokens that each running sequence is sure to have room for when another is admitted: below it, sequences
+would be swapped in and out again at once."""
+_PASSES = 32
+"""How often others may be admitted past a sequence that does not fit yet."""
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """The next batch: `chunks[i]` belongs to `sequences[i]`. `prefill` of its `tokens` belong to prefilling ones."""
+    """The next batch: `chunks[i]` belongs to `sequences[i]`, and its last `drafts[i]` tokens are guesses.
+
+    prefill: how many of its `tokens` are of sequences that were more than one behind.
+    """
 
     sequences: Many[Sequence]
     chunks: Many[Chunk]
+    drafts: Many[int]
     tokens: int
     prefill: int
 
@@ -93,102 +53,147 @@ class Plan:
         """The batch of one chunk of this one."""
         chunk = self.chunks[index]
         size = len(chunk.tokens)
-        return Plan((self.sequences[index],), (chunk,), size, size if self.prefill else 0)
+        prefill = size if self.sequences[index].behind > 1 else 0
+        return Plan((self.sequences[index],), (chunk,), (self.drafts[index],), size, prefill)
+
+
+@dataclass(frozen=True, slots=True)
+class Bounds:
+    """What a batch may hold: `tokens` in all, `prefill` of prompts beside running answers, `rows` of logits.
+
+    split: whether to end a chunk one token before a prompt's end (models whose prompts are kept there).
+    """
+
+    tokens: int
+    prefill: int
+    rows: int
+    split: bool = False
 
 
 class Scheduler:
-    """Sequences that wait and run. Methods change the account only; the caller makes the backend follow."""
+    """Sequences that wait and run."""
 
     def __init__(self, room: Room) -> None:
         self.room = room
-        self.waiting: deque[Sequence] = deque()
-        self.running: dict[int, Sequence] = {}
-        self.cells_reserved = 0
-        self._free = list(range(room.slots))
+        self.waiting: list[Sequence] = []  # in order of arrival
+        self.running: list[Sequence] = []  # in order of admission
 
     def add(self, sequence: Sequence) -> None:
-        """Put at the end of the queue. Its cells must fit the room."""
-        self.waiting.append(sequence)
+        """Put into the queue, at the place of its arrival: one that had to give way comes before younger ones."""
+        bisect.insort(self.waiting, sequence, key=lambda other: other.id)
 
-    def admit(self) -> list[Sequence]:
-        """Give slots to those at the head of the queue while slots and cells last. Returns who got one."""
-        admitted = []
-        while self.waiting and self._free:
-            head = self.waiting[0]
-            if self.cells_reserved + head.cells > self.room.kv_cells:
-                break
-            self.waiting.popleft()
-            head.slot = heapq.heappop(self._free)
-            self.running[head.slot] = head
-            self.cells_reserved += head.cells
-            admitted.append(head)
-        return admitted
+    def next(self, cells_live: int, shared: Callable[[array[int]], int]) -> Sequence | None:
+        """Take the next sequence to admit out of the queue and count it as running; None when none fits now.
 
-    def plan(self, budget: int) -> Plan:
-        """The next batch, of at most `budget` tokens. Changes nothing: see `computed`."""
+        cells_live: held by running sequences.      shared: how many of these tokens will not need cells of their own.
+        """
+        if not self.waiting or len(self.running) >= self.room.slots:
+            return None
+        promised = cells_live + sum(s.behind + min(s.remaining, _AHEAD) for s in self.running if s.leader is None)
+        promised += sum(len(s.tokens) - s.follow + min(s.remaining, _AHEAD) for s in self.running if s.leader)
+        for index, sequence in enumerate(self.waiting):
+            need = len(sequence.tokens) + min(sequence.remaining, _AHEAD)
+            if self.running and promised + need > self.room.kv_cells:
+                need -= shared(sequence.tokens)
+            if not self.running or promised + need <= self.room.kv_cells:
+                for passed in self.waiting[:index]:
+                    passed.passed += 1
+                del self.waiting[index]
+                self.running.append(sequence)
+                return sequence
+            if sequence.passed >= _PASSES or sequence.yielded:
+                return None
+        return None
+
+    def plan(self, bounds: Bounds, drafts: dict[int, array[int]] | None = None) -> Plan:
+        """The next batch. Changes nothing. `drafts`: guessed tokens by the sequence's number in the backend."""
         sequences: list[Sequence] = []
         chunks: list[Chunk] = []
+        guesses: list[int] = []
         prefilling = []
-        for sequence in self.running.values():
+        left, rows = bounds.tokens, bounds.rows
+        for sequence in self.running:
+            if sequence.leader is not None:
+                continue
             if sequence.behind > 1:
                 prefilling.append(sequence)
-            elif len(chunks) < budget:
-                sequences.append(sequence)
-                chunks.append(Chunk(sequence.slot, sequence.computed, sequence.tokens[sequence.computed :], True))
-        left = budget - len(chunks)
+                continue
+            if left == 0 or rows == 0:
+                continue
+            tokens = sequence.tokens[sequence.computed :]
+            draft = drafts.get(sequence.seq) if drafts else None
+            if draft:
+                tokens.extend(draft[: min(left, rows) - 1])
+            sequences.append(sequence)
+            chunks.append(Chunk(sequence.seq, sequence.computed, tokens, len(tokens)))
+            guesses.append(len(tokens) - 1)
+            left -= len(tokens)
+            rows -= len(tokens)
+        if prefilling and left > 0:
+            budget = min(left, bounds.prefill) if sequences else left
+            self._share_out(prefilling, budget, rows, bounds.split, sequences, chunks, guesses)
+        tokens_in_all = sum(len(chunk.tokens) for chunk in chunks)
+        decoding = bounds.tokens - left
+        return Plan(sequences, chunks, guesses, tokens_in_all, tokens_in_all - decoding)
+
+    def _share_out(
+        self,
+        prefilling: list[Sequence],
+        budget: int,
+        rows: int,
+        split: bool,
+        sequences: list[Sequence],
+        chunks: list[Chunk],
+        guesses: list[int],
+    ) -> None:
         prefilling.sort(key=lambda sequence: sequence.behind)
         for others, sequence in zip(range(len(prefilling) - 1, -1, -1), prefilling, strict=True):
-            size = min(sequence.behind, left // (others + 1))
-            if size == 0:
+            size = min(sequence.behind, budget // (others + 1))
+            start = sequence.computed
+            border = len(sequence.ask.prompt) - 1
+            if split and start < border < start + size:
+                size = border - start
+            wanted = max(0, start + size - max(start, sequence.rows_from))
+            if wanted > rows:
+                size -= wanted - rows
+                wanted = rows
+            if size <= 0:
                 continue
-            end = sequence.computed + size
-            tokens = sequence.tokens[sequence.computed : end]
+            tokens = sequence.tokens[start : start + size]
             sequences.append(sequence)
-            chunks.append(Chunk(sequence.slot, sequence.computed, tokens, end == len(sequence.tokens)))
-            left -= size
-        decoding = len(self.running) - len(prefilling)
-        return Plan(sequences, chunks, budget - left, budget - left - min(decoding, budget))
+            chunks.append(Chunk(sequence.seq, start, tokens, wanted))
+            guesses.append(0)
+            budget -= size
+            rows -= wanted
 
-    def computed(self, plan: Plan) -> list[Sequence]:
-        """The plan's batch was computed. Returns the sequences whose logits are there, in the order of their rows."""
-        for sequence, chunk in zip(plan.sequences, plan.chunks, strict=True):
-            sequence.computed += len(chunk.tokens)
-        return [s for s, chunk in zip(plan.sequences, plan.chunks, strict=True) if chunk.wanted]
+    def victim(self, cost: Callable[[Sequence], float], frees: Callable[[Sequence], int]) -> Sequence | None:
+        """Who gives way: the least `cost` in seconds for each cell that it `frees`, more for whom it has hit before."""
+        oldest = min(self.running, key=lambda sequence: sequence.id, default=None)
+        choice = [(s, frees(s)) for s in self.running if s is not oldest]
+        choice = [(s, freed) for s, freed in choice if freed > 0]
+        if not choice:
+            return None
+        return min(choice, key=lambda pair: (cost(pair[0]) * (1 + pair[0].yielded) / pair[1], -pair[0].id))[0]
 
-    def remove(self, sequence: Sequence) -> int:
-        """Take out a sequence, running or waiting. Returns the slot to clear, or WAITING when it had none."""
-        slot = sequence.slot
-        if slot == WAITING:
-            self.waiting.remove(sequence)
-        else:
-            del self.running[slot]
-            heapq.heappush(self._free, slot)
-            self.cells_reserved -= sequence.cells
-            sequence.slot = WAITING
-        return slot
+    def remove(self, sequence: Sequence) -> None:
+        """Take out a sequence, running or waiting."""
+        (self.waiting if sequence.seq == NOWHERE else self.running).remove(sequence)
 
     def everyone(self) -> Iterable[Sequence]:
         """A copy: the caller may remove while it goes through."""
-        return [*self.running.values(), *self.waiting]
-
-    @property
-    def cells_used(self) -> int:
-        return sum(sequence.computed for sequence in self.running.values())
+        return [*self.running, *self.waiting]
 
     @property
     def queued_prompt_tokens(self) -> int:
         """Prompt tokens not computed yet, of those that wait and of those that prefill."""
-        return sum(s.behind for s in self.waiting) + sum(s.behind for s in self.running.values() if s.behind > 1)
+        return sum(s.behind for s in self.waiting) + sum(s.behind for s in self.running if s.behind > 1)
 
-    def check_integrity(self, seq_length: Callable[[int], int]) -> str:
-        """Compare the account with itself and with what the backend holds. Returns what is wrong, or nothing."""
-        if sorted([*self._free, *self.running]) != list(range(self.room.slots)):
-            return f"slots are lost or held twice: free {sorted(self._free)}, running {sorted(self.running)}"
-        reserved = sum(sequence.cells for sequence in self.running.values())
-        if reserved != self.cells_reserved:
-            return f"{self.cells_reserved} cells are reserved, {reserved} by running sequences"
-        for slot in range(self.room.slots):
-            due = self.running[slot].computed if slot in self.running else 0
-            if (held := seq_length(slot)) != due:
-                return f"the backend holds {held} tokens in slot {slot}, {due} are due"
+    def check_integrity(self) -> str:
+        """Compare the lists with what sequences say of themselves. Returns what is wrong, or nothing."""
+        if len(self.running) > self.room.slots:
+            return f"{len(self.running)} sequences run in {self.room.slots} slots"
+        if any(sequence.seq != NOWHERE for sequence in self.waiting):
+            return "a sequence that waits holds cells"
+        if any(sequence.seq == NOWHERE for sequence in self.running):
+            return "a sequence that runs holds none"
         return ""

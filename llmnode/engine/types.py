@@ -9,18 +9,37 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 from enum import Enum
+from typing import TYPE_CHECKING
 
 from llmnode.wire.errors import ApiError
 from llmnode.wire.node import Load, Usage
+
+if TYPE_CHECKING:
+    from llmnode.engine.grammar import Grammar
 
 
 @dataclass(frozen=True)
 class Sampling:
     """How the next token is drawn. The neutral value of each field leaves the distribution as it is.
 
+    The order, and with it the meaning of each combination, is sampler.py's to tell.
+
     temperature: 0 is greedy (always the most probable token); 1 is neutral.
     top_k: keep the k most probable tokens; 0 is off.       top_p: nucleus, (0, 1]; 1 is off.
     min_p: drop tokens below min_p times the most probable; 0 is off.
+    typical_p: locally typical sampling, (0, 1]; 1 is off (Meister et al., 2022).
+    top_n_sigma: keep logits within n standard deviations of the largest; 0 is off (Tang et al., 2024).
+    xtc_probability, xtc_threshold: with that chance, drop all tokens above the threshold but the least probable of
+        them; 0 is off, and so is a threshold above 0.5.
+    dry_multiplier, dry_base, dry_allowed_length, dry_last_n, dry_breakers: the DRY penalty on tokens that would go on
+        with a repetition; a multiplier of 0 is off. dry_last_n: tokens looked back upon, -1 is all. Breakers are texts.
+    repeat_penalty, repeat_last_n: divides the logits of tokens among the last n of prompt and answer (n: -1 is all);
+        1 is off (Keskar et al., 2019).
+    frequency_penalty, presence_penalty: taken from the logits of tokens in the answer, for each time or once; 0 is off
+        (OpenAI's API).
+    logit_bias: (token id, amount added to its logit); -inf forbids a token.
+    mirostat: 1 or 2 takes the place of all truncations with Mirostat (Basu et al., 2020); 0 is off.
+    mirostat_tau, mirostat_eta: target surprise in bits, and rate of learning.
     seed: 0 to 2**32 - 2. Randomness is a function of (seed, position), never of how many draws this process made.
     """
 
@@ -29,6 +48,28 @@ class Sampling:
     top_p: float = 1.0
     min_p: float = 0.0
     seed: int = 0
+    typical_p: float = 1.0
+    top_n_sigma: float = 0.0
+    xtc_probability: float = 0.0
+    xtc_threshold: float = 0.1
+    dry_multiplier: float = 0.0
+    dry_base: float = 1.75
+    dry_allowed_length: int = 2
+    dry_last_n: int = -1
+    dry_breakers: tuple[str, ...] = ("\n", ":", '"', "*")
+    repeat_penalty: float = 1.0
+    repeat_last_n: int = 64
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    mirostat: int = 0
+    mirostat_tau: float = 5.0
+    mirostat_eta: float = 0.1
+
+    @property
+    def needs_replayed_logits(self) -> bool:
+        """Whether the state of an answer cannot be had from its token ids alone: Mirostat's comes from the logits."""
+        return self.mirostat != 0 and self.temperature > 0
 
 
 @dataclass(frozen=True)
@@ -39,6 +80,11 @@ class Ask:
     stop: texts that end the answer and are not part of it.
     deadline: on the clock `time.monotonic()`, in seconds; None for no deadline.
     ignore_eos: go on past the end-of-turn token (benchmarks need answers of a known length).
+    grammar: what the answer must match, compiled; None for no constraint.
+    logprobs: how many of the most probable tokens to report beside each token drawn; None for no report, 0 for the
+        drawn token's own only.
+    replayed: the first ids of the answer, generated elsewhere: they count as part of the answer (max_tokens, usage,
+        stop strings, grammar, penalties) but are not emitted again.
     """
 
     prompt: tuple[int, ...]
@@ -47,6 +93,9 @@ class Ask:
     stop: tuple[str, ...] = ()
     deadline: float | None = None
     ignore_eos: bool = False
+    grammar: Grammar | None = None
+    logprobs: int | None = None
+    replayed: tuple[int, ...] = ()
 
 
 class Finish(str, Enum):
@@ -58,11 +107,27 @@ class Finish(str, Enum):
 
 
 @dataclass(frozen=True)
+class Logprob:
+    """Natural logarithms of probabilities under the model's own distribution, before any penalty or truncation.
+
+    top: (token id, logprob) of the most probable tokens, falling.
+    """
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
 class Text:
-    """A piece of the answer: whole UTF-8 characters, no part of a stop string. `ids`: tokens since the last event."""
+    """A piece of the answer: whole UTF-8 characters, no part of a stop string. `ids`: tokens since the last event.
+
+    logprobs: one for each id, where the ask wanted them.
+    """
 
     text: str
     ids: tuple[int, ...]
+    logprobs: tuple[Logprob, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -89,24 +154,41 @@ Sink = Callable[[Event], None]
 
 @dataclass(frozen=True)
 class Timings:
-    """Where the engine's time went since it started, in seconds, and how often: the counters behind /metrics."""
+    """Counters since the engine started: the truth behind /metrics.
+
+    decode_s, sample_s, other_s: where the time of its steps went, in seconds; `other` is our own Python.
+    prompt_tokens, completion_tokens: computed; cached_tokens: of prompts, found resident or in host RAM instead.
+    evicted: idle prefixes that gave their cells back; saved, restored: sequences taken to host RAM and back.
+    swapped, dropped: running answers that had to give way, and went to host RAM or are computed again.
+    drafted, accepted: tokens that prompt lookup proposed, and those of them that were drawn.
+    """
 
     steps: int = 0
     decode_s: float = 0.0
     sample_s: float = 0.0
     other_s: float = 0.0
     prompt_tokens: int = 0
+    cached_tokens: int = 0
     completion_tokens: int = 0
     finished: int = 0
     cancelled: int = 0
     failed: int = 0
     refused: int = 0
+    evicted: int = 0
+    saved: int = 0
+    restored: int = 0
+    swapped: int = 0
+    dropped: int = 0
+    drafted: int = 0
+    accepted: int = 0
 
 
 @dataclass(frozen=True)
 class Stats:
     """A frozen snapshot of the engine, made by its thread after each step.
 
+    prefixes, cells_idle: idle prefixes in the cache, and the cells that only they hold.
+    host_prefixes, host_bytes: sequences in host RAM, and what they take.
     heartbeat: `time.monotonic()` of the last finished step or idle tick.
     step_deadline: by when the step now running should have ended; None while idle.
     """
@@ -115,6 +197,10 @@ class Stats:
     timings: Timings
     heartbeat: float
     step_deadline: float | None = None
+    prefixes: int = 0
+    cells_idle: int = 0
+    host_prefixes: int = 0
+    host_bytes: int = 0
 
     def stuck(self, now: float, idle_limit_s: float = 10.0) -> str:
         """Why the engine's thread must be taken for stuck at `now`, or nothing: the one judgement behind /health and
@@ -131,6 +217,7 @@ class ModelInfo:
     """What the loaded GGUF says of itself. `n_ctx_train` in tokens; `chat_template` is Jinja or empty.
 
     cell_bytes: what one token takes in the cache, 0 when unknown.
+    window: how many of the last tokens its sliding-window layers can see; 0 when it has none.
     """
 
     name: str
@@ -144,3 +231,4 @@ class ModelInfo:
     eos: str
     add_bos: bool
     cell_bytes: int = 0
+    window: int = 0

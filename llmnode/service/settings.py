@@ -154,12 +154,17 @@ def load(
     return Loaded(table(**values), sources, path, digest)
 
 
-def listing(loaded: Loaded[Any], prefix: str) -> str:
-    """The table an operator reads: name, value, where it came from, what it means."""
+def listing(loaded: Loaded[Any], prefix: str, chosen: Mapping[str, str] | None = None) -> str:
+    """The table an operator reads: name, value, where it came from, what it means.
+
+    chosen: by name, what values that leave the choice to the program come to on this machine.
+    """
     lines = []
     for row in rows(type(loaded.values)):
         value = show(getattr(loaded.values, row.name))
         lines.append(f"{row.name:<26} {value:<28} {loaded.sources[row.name]}")
+        if chosen and row.name in chosen:
+            lines.append(f"{'':<26} here: {chosen[row.name]}")
         lines.append(f"{'':<26} {row.meta.help}{_range(row)}  [{row.flag}, {row.env(prefix)}]")
     return "\n".join(lines)
 
@@ -264,13 +269,16 @@ def _convert(row: Row, raw: Any, source: str) -> Any:
     return value
 
 
+_BOOLEANS = {"true": True, "1": True, "yes": True, "on": True, "false": False, "0": False, "no": False, "off": False}
+
+
 def _scalar(row: Row, kind: Any, raw: Any, source: str) -> Any:
     value: Any = None
     if isinstance(raw, str):
         text = raw.strip()
         try:
             if kind is bool:
-                value = {"true": True, "1": True, "yes": True, "false": False, "0": False, "no": False}[text.lower()]
+                value = _BOOLEANS[text.lower()]
             elif kind in (int, float):
                 value = kind(text)
             else:

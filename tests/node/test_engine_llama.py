@@ -26,7 +26,7 @@ GREEDY = Sampling(temperature=0)
 @pytest.fixture(scope="module")
 def scorer(tiny_model: Path) -> Iterator[LlamaBackend]:
     """A backend of its own, which computes one sequence at a time."""
-    backend = llama.load(LlamaOptions(tiny_model, slots=1, n_ctx=512))
+    backend = llama.load(LlamaOptions(tiny_model, threads=1, slots=1, n_ctx=512))
     yield backend
     backend.close()
 
@@ -34,10 +34,10 @@ def scorer(tiny_model: Path) -> Iterator[LlamaBackend]:
 def rescored(scorer: LlamaBackend, prompt: tuple[int, ...], ids: tuple[int, ...]) -> np.ndarray:
     """The logits before each id of an answer, computed alone: shape (len(ids), n_vocab)."""
     rows = []
-    assert scorer.decode([Chunk(0, 0, prompt, True)]) == OK
+    assert scorer.decode([Chunk(0, 0, prompt, 1)]) == OK
     for position, id in enumerate(ids):
         rows.append(scorer.logits()[0].copy())
-        assert scorer.decode([Chunk(0, len(prompt) + position, [id], True)]) == OK
+        assert scorer.decode([Chunk(0, len(prompt) + position, [id], 1)]) == OK
     assert scorer.seq_remove(0)
     return np.stack(rows)
 
@@ -50,7 +50,7 @@ def is_credible(rows: np.ndarray, ids: tuple[int, ...]) -> bool:
 
 def answers_to(tiny_model: Path, asks: list[Ask], slots: int = 4) -> tuple[list[Answer], list[int]]:
     """Every answer, and how many sequences each step carried."""
-    backend = llama.load(LlamaOptions(tiny_model, slots=slots, n_ctx=512, n_batch=64))
+    backend = llama.load(LlamaOptions(tiny_model, threads=1, slots=slots, n_ctx=512, n_batch=64))
     widths: list[int] = []
     decode = backend.decode
 
@@ -110,9 +110,9 @@ def test_many_sequences_share_steps(tiny_model: Path, scorer: LlamaBackend) -> N
 
 
 def test_rows_of_logits_belong_to_their_sequences(scorer: LlamaBackend, tiny_model: Path) -> None:
-    backend = llama.load(LlamaOptions(tiny_model, slots=3, n_ctx=512))
+    backend = llama.load(LlamaOptions(tiny_model, threads=1, slots=3, n_ctx=512))
     first, second, third = prompts(scorer)[:3]
-    chunks = [Chunk(0, 0, first, True), Chunk(1, 0, second, False), Chunk(2, 0, third, True)]
+    chunks = [Chunk(0, 0, first, 1), Chunk(1, 0, second, 0), Chunk(2, 0, third, 1)]
     assert backend.decode(chunks) == OK
     rows = backend.logits().copy()
     backend.close()
@@ -122,13 +122,13 @@ def test_rows_of_logits_belong_to_their_sequences(scorer: LlamaBackend, tiny_mod
 
 
 def test_forgetting_sharing_and_length_agree(scorer: LlamaBackend, tiny_model: Path) -> None:
-    backend = llama.load(LlamaOptions(tiny_model, slots=2, n_ctx=512))
+    backend = llama.load(LlamaOptions(tiny_model, threads=1, slots=2, n_ctx=512))
     prompt = prompts(scorer)[1]
-    assert backend.decode([Chunk(0, 0, prompt, True)]) == OK
+    assert backend.decode([Chunk(0, 0, prompt, 1)]) == OK
     expected = backend.logits()[0].copy()
     backend.seq_copy(0, 1, len(prompt) - 1)
     assert (backend.seq_length(0), backend.seq_length(1)) == (len(prompt), len(prompt) - 1)
-    assert backend.decode([Chunk(1, len(prompt) - 1, prompt[-1:], True)]) == OK
+    assert backend.decode([Chunk(1, len(prompt) - 1, prompt[-1:], 1)]) == OK
     assert np.abs(backend.logits()[0] - expected).max() < 0.5
     assert backend.seq_remove(0, 5)
     assert backend.seq_remove(1)
@@ -137,9 +137,9 @@ def test_forgetting_sharing_and_length_agree(scorer: LlamaBackend, tiny_model: P
 
 
 def test_a_batch_that_cannot_be_is_refused_without_harm(scorer: LlamaBackend) -> None:
-    assert scorer.decode([Chunk(0, 0, [1] * (scorer.room.n_batch + 1), True)]) == BAD_BATCH
-    assert scorer.decode([Chunk(0, 0, [10**6], True)]) == BAD_BATCH
-    assert scorer.decode([Chunk(7, 0, [1], True)]) == BAD_BATCH
+    assert scorer.decode([Chunk(0, 0, [1] * (scorer.room.n_batch + 1), 1)]) == BAD_BATCH
+    assert scorer.decode([Chunk(0, 0, [10**6], 1)]) == BAD_BATCH
+    assert scorer.decode([Chunk(scorer.room.sequences, 0, [1], 1)]) == BAD_BATCH
     assert scorer.seq_length(0) == 0
 
 
@@ -154,9 +154,9 @@ def test_text_becomes_tokens_and_back(scorer: LlamaBackend) -> None:
 
 
 def test_an_end_token_ends_an_answer(scorer: LlamaBackend, tiny_model: Path) -> None:
-    backend = llama.load(LlamaOptions(tiny_model, slots=1, n_ctx=512))
+    backend = llama.load(LlamaOptions(tiny_model, threads=1, slots=1, n_ctx=512))
     prompt = prompts(scorer)[0]
-    assert backend.decode([Chunk(0, 0, prompt, True)]) == OK
+    assert backend.decode([Chunk(0, 0, prompt, 1)]) == OK
     best = int(backend.logits()[0].argmax())
     backend.seq_remove(0)
     backend.end_tokens = frozenset({best})
@@ -245,7 +245,7 @@ def test_the_host_shows_its_cpu_as_a_device() -> None:
 
 def test_random_arrivals_and_cancels_leave_every_cell_free(tiny_model: Path) -> None:
     dice = np.random.default_rng(5)
-    backend = llama.load(LlamaOptions(tiny_model, slots=4, n_ctx=256, kv_cells=512, n_batch=48))
+    backend = llama.load(LlamaOptions(tiny_model, threads=1, slots=4, n_ctx=256, kv_cells=512, n_batch=48))
     fatal: list[FatalEngineError] = []
     with running(backend, Limits(queue_limit=100), on_fatal=fatal.append) as engine:
         answers = []

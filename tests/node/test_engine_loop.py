@@ -271,11 +271,11 @@ def test_a_full_cache_shrinks_the_batch_before_anything_fails() -> None:
     with running(backend) as engine:
         engine.submit(Ask(prompt("a" * 60), GREEDY, max_tokens=3), answer)
         assert answer.done.usage.completion_tokens == 3
-    assert [sum(len(chunk.tokens) for chunk in batch) for batch in backend.batches[:4]] == [60, 30, 15, 15]
+    assert [sum(len(chunk.tokens) for chunk in batch) for batch in backend.batches[:4]] == [60, 30, 15, 30]
     assert answer.text == alone(Ask(prompt("a" * 60), GREEDY, max_tokens=3)).text
 
 
-def test_when_nothing_can_shrink_only_the_youngest_fails() -> None:
+def test_when_nothing_can_shrink_one_answer_gives_way_and_all_are_whole() -> None:
     old, young = Answer(), Answer()
     steps = Steps()
     backend = Watched(ROOM, codes=[None, None, NO_ROOM], step_delay_s=1, sleep=steps.sleep)
@@ -283,8 +283,17 @@ def test_when_nothing_can_shrink_only_the_youngest_fails() -> None:
         engine.submit(Ask(prompt("a"), GREEDY, max_tokens=9), old)
         engine.submit(Ask(prompt("b"), GREEDY, max_tokens=9), young)
         steps.free()
-        assert young.error.status == 503
-        assert old.done.usage.completion_tokens == 9
+        assert young.done.usage.completion_tokens == old.done.usage.completion_tokens == 9
+        assert engine.stats().timings.swapped + engine.stats().timings.dropped == 1
+    assert (old.text, young.text) == tuple(alone(Ask(prompt(x), GREEDY, max_tokens=9)).text for x in "ab")
+
+
+def test_one_that_finds_no_room_alone_fails_and_says_so() -> None:
+    answer = Answer()
+    with running(Watched(ROOM, codes=[None, NO_ROOM])) as engine:
+        engine.submit(Ask(prompt("a"), GREEDY, max_tokens=9), answer)
+        assert answer.error.status == 503
+        assert answer.error.message == "the KV cache is full"
 
 
 def test_a_bad_batch_fails_only_the_guilty() -> None:
@@ -314,7 +323,7 @@ def test_an_aborted_batch_goes_on_from_what_was_computed() -> None:
             if len(self.batches) != 1:
                 return super().decode(chunks)
             self.batches.append(list(chunks))
-            part = [chunk._replace(tokens=chunk.tokens[:20], wanted=False) for chunk in chunks]
+            part = [chunk._replace(tokens=chunk.tokens[:20], rows=0) for chunk in chunks]
             assert FakeBackend.decode(self, part) == 0
             return ABORTED
 

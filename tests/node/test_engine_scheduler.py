@@ -1,129 +1,210 @@
-"""What goes into a batch: answers go on whatever arrives, prompts share the rest, no cell is promised twice."""
+"""Who runs and what goes into a batch: answers go on whatever arrives, prompts share the rest, none waits for ever."""
 
 from __future__ import annotations
 
 import random
+from array import array
 
 from llmnode.engine.backend import Room
-from llmnode.engine.scheduler import Scheduler, Sequence
+from llmnode.engine.sampler import Sampler, Vocabulary
+from llmnode.engine.scheduler import Bounds, Plan, Scheduler
+from llmnode.engine.sequence import Sequence
 from llmnode.engine.text import TextStream
 from llmnode.engine.types import Ask, Sampling
 
 PIECES = [b"x"] * 10
+VOCABULARY = Vocabulary(PIECES, frozenset())
+WIDE = Bounds(tokens=512, prefill=512, rows=64)
 
 
-def sequence(id: int, prompt: int, limit: int = 10) -> Sequence:
+def sequence(id: int, prompt: int, limit: int = 10, seq: int = -1) -> Sequence:
     ask = Ask(tuple(range(1, 2)) * prompt, Sampling(), limit)
-    return Sequence(id, ask, lambda event: None, limit, TextStream(PIECES), 0.0)
+    sampler = Sampler(ask.sampling, ask.prompt, vocabulary=VOCABULARY)
+    return Sequence(id, ask, lambda event: None, limit, TextStream(PIECES), sampler, 0.0, frozenset(), seq=seq)
 
 
-def sizes(scheduler: Scheduler, budget: int) -> dict[int, int]:
-    plan = scheduler.plan(budget)
-    assert plan.tokens == sum(len(chunk.tokens) for chunk in plan.chunks) <= budget
-    return {s.id: len(chunk.tokens) for s, chunk in zip(plan.sequences, plan.chunks, strict=True)}
+def decoding(id: int, prompt: int = 5) -> Sequence:
+    """One that has its first token drawn and not computed."""
+    member = sequence(id, prompt, seq=id)
+    member.computed = prompt
+    member.take(1)
+    member.sampled = 1
+    return member
 
 
-def scheduler_with(*members: Sequence, slots: int = 8, cells: int = 100_000, batch: int = 512) -> Scheduler:
-    scheduler = Scheduler(Room(slots, 50_000, cells, batch))
-    for member in members:
-        scheduler.add(member)
-    scheduler.admit()
+def scheduler_with(*running: Sequence, slots: int = 8, cells: int = 100_000, batch: int = 512) -> Scheduler:
+    scheduler = Scheduler(Room(slots, min(cells, 50_000), cells, batch))
+    scheduler.running += running
     return scheduler
 
 
+def sizes(plan: Plan) -> dict[int, int]:
+    assert plan.tokens == sum(len(chunk.tokens) for chunk in plan.chunks)
+    return {s.id: len(chunk.tokens) for s, chunk in zip(plan.sequences, plan.chunks, strict=True)}
+
+
+def admitted(scheduler: Scheduler, live: int = 0) -> list[int]:
+    """Ids of all that get in now, in order; each takes the next number, as memory.py would give it."""
+    ids = []
+    while (member := scheduler.next(live, lambda tokens: 0)) is not None:
+        member.seq = 100 + member.id
+        ids.append(member.id)
+    return ids
+
+
 def test_a_long_prompt_does_not_hold_back_a_short_one() -> None:
-    scheduler = scheduler_with(sequence(1, 4000), sequence(2, 20))
-    assert sizes(scheduler, 512) == {1: 492, 2: 20}
+    scheduler = scheduler_with(sequence(1, 4000, seq=1), sequence(2, 20, seq=2))
+    assert sizes(scheduler.plan(WIDE)) == {1: 492, 2: 20}
 
 
 def test_prompts_share_the_batch_evenly_and_leave_no_room_unused() -> None:
-    scheduler = scheduler_with(sequence(1, 4000), sequence(2, 4000), sequence(3, 100))
-    assert sizes(scheduler, 512) == {1: 206, 2: 206, 3: 100}
+    members = [sequence(1, 4000, seq=1), sequence(2, 4000, seq=2), sequence(3, 100, seq=3)]
+    assert sizes(scheduler_with(*members).plan(WIDE)) == {1: 206, 2: 206, 3: 100}
 
 
-def test_running_answers_come_first() -> None:
-    running = [sequence(id, 5) for id in (1, 2, 3)]
-    scheduler = scheduler_with(*running)
-    scheduler.computed(scheduler.plan(512))
-    for each in running:
-        each.take(1, frozenset())
-    scheduler.add(sequence(4, 4000))
-    scheduler.admit()
-    assert sizes(scheduler, 64) == {1: 1, 2: 1, 3: 1, 4: 61}
-    assert sizes(scheduler, 3) == {1: 1, 2: 1, 3: 1}
+def test_running_answers_come_first_and_prompts_keep_to_their_limit_beside_them() -> None:
+    scheduler = scheduler_with(decoding(1), decoding(2), sequence(3, 4000, seq=3))
+    assert sizes(scheduler.plan(WIDE)) == {1: 1, 2: 1, 3: 510}
+    plan = scheduler.plan(Bounds(tokens=512, prefill=40, rows=64))
+    assert sizes(plan) == {1: 1, 2: 1, 3: 40}
+    assert (plan.tokens, plan.prefill) == (42, 40)
+    assert sizes(scheduler.plan(Bounds(tokens=2, prefill=40, rows=64))) == {1: 1, 2: 1}
+
+
+def test_a_prompt_with_nobody_to_hold_up_gets_the_whole_batch() -> None:
+    assert sizes(scheduler_with(sequence(1, 4000, seq=1)).plan(Bounds(512, prefill=8, rows=8))) == {1: 512}
 
 
 def test_logits_are_wanted_only_where_a_sequence_is_wholly_computed() -> None:
-    scheduler = scheduler_with(sequence(1, 700))
-    first = scheduler.plan(512)
-    assert [chunk.wanted for chunk in first.chunks] == [False]
-    assert scheduler.computed(first) == []
-    second = scheduler.plan(512)
-    assert [(chunk.start, len(chunk.tokens), chunk.wanted) for chunk in second.chunks] == [(512, 188, True)]
-    assert [s.id for s in scheduler.computed(second)] == [1]
+    member = sequence(1, 700, seq=1)
+    scheduler = scheduler_with(member)
+    assert [chunk.rows for chunk in scheduler.plan(WIDE).chunks] == [0]
+    member.computed = 512
+    assert [(chunk.start, len(chunk.tokens), chunk.rows) for chunk in scheduler.plan(WIDE).chunks] == [(512, 188, 1)]
 
 
-def test_no_answer_is_admitted_that_could_meet_a_full_cache() -> None:
-    big, next_one, small = sequence(1, 600, 200), sequence(2, 100, 101), sequence(3, 10, 10)
-    scheduler = Scheduler(Room(4, 800, 1000, 512))
-    for each in (big, next_one, small):
-        scheduler.add(each)
-    assert [s.id for s in scheduler.admit()] == [1]
-    assert scheduler.cells_reserved == 800
-    scheduler.remove(big)
-    assert [s.id for s in scheduler.admit()] == [2, 3]
+def test_guesses_go_into_the_batch_with_their_sequence_as_far_as_rows_last() -> None:
+    scheduler = scheduler_with(decoding(1), decoding(2))
+    drafts = {1: array("i", [7, 8, 9])}
+    plan = scheduler.plan(WIDE, drafts)
+    assert [(chunk.tokens.tolist(), chunk.rows) for chunk in plan.chunks] == [([1, 7, 8, 9], 4), ([1], 1)]
+    assert (list(plan.drafts), plan.tokens, plan.prefill) == ([3, 0], 5, 0)
+    assert [len(chunk.tokens) for chunk in scheduler.plan(Bounds(512, 512, rows=3), drafts).chunks] == [3]
 
 
-def test_the_queue_is_first_come_first_served() -> None:
-    scheduler = scheduler_with(*[sequence(id, 10) for id in range(5)], slots=2)
-    left = []
-    while scheduler.running:
-        first = min(scheduler.running.values(), key=lambda s: s.id)
-        left.append(first.id)
-        scheduler.remove(first)
-        scheduler.admit()
-    assert left == [0, 1, 2, 3, 4]
+def test_an_answer_begun_elsewhere_gets_the_logits_that_its_sampler_has_not_seen() -> None:
+    ask = Ask((1,) * 20, Sampling(mirostat=2), 50, replayed=(1,) * 30)
+    sampler = Sampler(ask.sampling, ask.prompt, vocabulary=VOCABULARY)
+    member = Sequence(1, ask, lambda event: None, 50, TextStream(PIECES), sampler, 0.0, frozenset(), seq=1)
+    assert member.replay() is None
+    scheduler = scheduler_with(member)
+    (chunk,) = scheduler.plan(Bounds(512, 512, rows=16)).chunks
+    assert (len(chunk.tokens), chunk.rows) == (35, 16)
+    member.computed, member.sampled = 35, 16
+    (chunk,) = scheduler.plan(Bounds(512, 512, rows=16)).chunks
+    assert (len(chunk.tokens), chunk.rows) == (15, 15)
 
 
-def test_integrity_names_a_leak() -> None:
-    scheduler = scheduler_with(sequence(1, 10))
-    assert scheduler.check_integrity(lambda slot: 0) == ""
-    assert (
-        scheduler.check_integrity(lambda slot: 3 if slot == 5 else 0)
-        == "the backend holds 3 tokens in slot 5, 0 are due"
-    )
-    scheduler.cells_reserved += 1
-    assert "21 cells are reserved, 20 by running" in scheduler.check_integrity(lambda slot: 0)
-    scheduler.cells_reserved -= 1
-    scheduler._free.pop()
-    assert "slots are lost" in scheduler.check_integrity(lambda slot: 0)
+def test_a_sequence_that_follows_another_waits_for_it() -> None:
+    leader, follower = sequence(1, 100, seq=1), sequence(2, 100, seq=2)
+    follower.leader, follower.follow = leader, 80
+    assert sizes(scheduler_with(leader, follower).plan(WIDE)) == {1: 100}
 
 
-def test_random_arrivals_and_departures_keep_the_account_true() -> None:
-    for seed in range(30):
+def test_a_chunk_ends_before_a_prompts_last_token_where_checkpoints_are_kept() -> None:
+    assert sizes(scheduler_with(sequence(1, 100, seq=1)).plan(Bounds(512, 512, 8, split=True))) == {1: 99}
+
+
+def test_admission_leaves_each_running_answer_room_to_grow() -> None:
+    scheduler = scheduler_with(cells=1000)
+    for id, prompt in enumerate((400, 400, 400)):
+        scheduler.add(sequence(id, prompt, limit=500))
+    assert admitted(scheduler) == [0, 1]
+
+
+def test_what_is_shared_with_running_answers_needs_no_cells_of_its_own() -> None:
+    scheduler = scheduler_with(cells=1000)
+    for id in range(3):
+        scheduler.add(sequence(id, 600, limit=10))
+    assert admitted(scheduler) == [0]
+    second = scheduler.next(0, lambda tokens: 590)
+    assert second is not None and second.id == 1
+
+
+def test_the_queue_is_in_order_of_arrival_and_one_that_gave_way_comes_back_first() -> None:
+    scheduler = scheduler_with(slots=2)
+    for id in (1, 2, 3, 4):
+        scheduler.add(sequence(id, 10))
+    assert admitted(scheduler) == [1, 2]
+    first = scheduler.running[0]
+    scheduler.remove(first)
+    first.seq = -1
+    scheduler.add(first)
+    assert [member.id for member in scheduler.waiting] == [1, 3, 4]
+
+
+def test_a_small_ask_may_pass_a_large_one_but_not_for_ever() -> None:
+    scheduler = scheduler_with(decoding(0), cells=1000, slots=100)
+    large = sequence(1, 990, limit=1)
+    scheduler.add(large)
+    passed = 0
+    for id in range(2, 80):
+        scheduler.add(sequence(id, 1, limit=1))
+        got = scheduler.next(5, lambda tokens: 0)
+        if got is None:
+            break
+        assert got.id == id
+        scheduler.running.remove(got)
+        passed += 1
+    assert passed == large.passed == 32
+
+
+def test_nobody_passes_one_that_had_to_give_way() -> None:
+    scheduler = scheduler_with(decoding(0), cells=1000)
+    pushed_out = sequence(1, 990, limit=1)
+    pushed_out.yielded = 1
+    scheduler.add(pushed_out)
+    scheduler.add(sequence(2, 1, limit=1))
+    assert scheduler.next(5, lambda tokens: 0) is None
+
+
+def test_the_cheapest_answer_gives_way_but_never_the_oldest() -> None:
+    members = [decoding(id) for id in (1, 2, 3)]
+    scheduler = scheduler_with(*members)
+    cost = {1: 0.1, 2: 9.0, 3: 5.0}
+    assert scheduler.victim(lambda s: cost[s.id], lambda s: 10) is members[2]
+    assert scheduler.victim(lambda s: cost[s.id], lambda s: 100 if s.id == 2 else 10) is members[1]
+    assert scheduler.victim(lambda s: cost[s.id], lambda s: 0 if s.id == 3 else 10) is members[1]
+    members[2].yielded = 5
+    assert scheduler.victim(lambda s: cost[s.id], lambda s: 10) is members[1]
+    assert scheduler_with(members[0]).victim(lambda s: 1.0, lambda s: 10) is None
+
+
+def test_integrity_names_what_is_wrong() -> None:
+    assert scheduler_with(decoding(1)).check_integrity() == ""
+    assert "runs holds none" in scheduler_with(sequence(1, 10)).check_integrity()
+    assert "3 sequences run in 2 slots" in scheduler_with(*map(decoding, (1, 2, 3)), slots=2).check_integrity()
+    scheduler = scheduler_with()
+    scheduler.add(decoding(1))
+    assert "waits holds cells" in scheduler.check_integrity()
+
+
+def test_every_plan_keeps_its_bounds_and_gets_everybody_on() -> None:
+    for seed in range(40):
         dice = random.Random(seed)
-        room = Room(dice.randint(1, 6), 300, dice.randint(300, 900), dice.randint(6, 64))
-        scheduler, held, arrived, alive = Scheduler(room), [0] * room.slots, 0, []
-        for _ in range(400):
-            if dice.random() < 0.3:
-                arrived += 1
-                alive.append(sequence(arrived, dice.randint(1, 200), dice.randint(1, 100)))
-                scheduler.add(alive[-1])
-            if alive and dice.random() < 0.1:
-                gone = alive.pop(dice.randrange(len(alive)))
-                if (slot := scheduler.remove(gone)) >= 0:
-                    held[slot] = 0
-            scheduler.admit()
-            plan = scheduler.plan(room.n_batch)
-            assert 0 < plan.tokens <= room.n_batch or not scheduler.running
-            for chunk in plan.chunks:
-                assert chunk.start == held[chunk.seq]
-                held[chunk.seq] += len(chunk.tokens)
-            assert sum(held) <= room.kv_cells
-            assert len(plan.chunks) == len(scheduler.running) or plan.tokens == room.n_batch
-            for ready in scheduler.computed(plan):
-                _, finish = ready.take(1, frozenset())
-                if finish is not None:
-                    held[scheduler.remove(ready)] = 0
-                    alive.remove(ready)
-            assert scheduler.check_integrity(lambda slot, held=held: held[slot]) == ""
+        members = [
+            decoding(id) if dice.random() < 0.5 else sequence(id, dice.randint(1, 300), seq=id) for id in range(9)
+        ]
+        scheduler = scheduler_with(*members, slots=9)
+        bounds = Bounds(dice.randint(9, 80), dice.randint(1, 80), dice.randint(9, 20))
+        drafts = {id: array("i", [1] * dice.randint(1, 5)) for id in range(9) if dice.random() < 0.3}
+        plan = scheduler.plan(bounds, drafts)
+        assert 0 < plan.tokens <= bounds.tokens
+        assert sum(chunk.rows for chunk in plan.chunks) <= bounds.rows
+        running = [member for member in members if member.behind == 1]
+        assert plan.prefill <= (bounds.prefill if running else bounds.tokens)
+        for chunk, member in zip(plan.chunks, plan.sequences, strict=True):
+            assert chunk.start == member.computed
+            assert len(chunk.tokens) > 0 and 0 <= chunk.rows <= len(chunk.tokens)
+        if not drafts:
+            assert all(member in plan.sequences for member in running)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -179,6 +180,179 @@ def test_aliases_answer_and_are_listed(fake: Program) -> None:
     assert listed["object"] == "list"
     body = post(fake, "/v1/chat/completions", {"model": "two", "messages": MESSAGES, "max_tokens": 1}).json()
     assert body["model"] == "two"
+
+
+LIMITS = {"max_tokens": 12, "seed": 7, "ignore_eos": True}
+SAMPLERS = [
+    {"temperature": 0},
+    {"top_k": 3, "top_p": 0.9, "min_p": 0.05},
+    {"typical_p": 0.5},
+    {"top_n_sigma": 1.0},
+    {"xtc_probability": 1.0, "xtc_threshold": 0.05},
+    {"dry_multiplier": 5.0, "dry_allowed_length": 1, "dry_sequence_breakers": []},
+    {"repeat_penalty": 1.8},
+    {"repetition_penalty": 1.8},
+    {"frequency_penalty": 2.0, "presence_penalty": 2.0},
+    {"mirostat": 1},
+    {"mirostat": 2, "mirostat_tau": 1.0},
+]
+
+
+@pytest.mark.parametrize("fields", SAMPLERS, ids=lambda fields: "+".join(fields))
+def test_each_sampler_answers_the_same_whole_and_streamed(fake: Program, fields: Any) -> None:
+    asked = {"messages": MESSAGES, **LIMITS, **fields}
+    whole = post(fake, "/v1/chat/completions", asked)
+    assert whole.status_code == 200, whole.text
+    chunks = events(post(fake, "/v1/chat/completions", {**asked, "stream": True}).text)[:-1]
+    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert said == whole.json()["choices"][0]["message"]["content"]
+    assert whole.json()["usage"]["completion_tokens"] == 12
+    assert len(said) > 6  # control tokens have no text
+
+
+def test_a_bias_bans_and_forces_tokens(fake: Program) -> None:
+    asked = {"messages": MESSAGES, **LIMITS}
+    said = str(post(fake, "/v1/chat/completions", asked).json()["choices"][0]["message"]["content"])
+    banned = {str(byte): -100 for byte in set(said.encode())}
+    other = post(fake, "/v1/chat/completions", {**asked, "logit_bias": banned}).json()
+    assert not set(other["choices"][0]["message"]["content"]) & set(said)
+    forced = post(fake, "/v1/chat/completions", {**asked, "logit_bias": {str(ord("Z")): 100}}).json()
+    assert forced["choices"][0]["message"]["content"] == "Z" * 12
+    never = post(fake, "/v1/chat/completions", {**asked, "logit_bias": [[byte, False] for byte in set(said.encode())]})
+    assert not set(never.json()["choices"][0]["message"]["content"]) & set(said)
+
+
+@pytest.mark.parametrize("path", ["/v1/chat/completions", "/v1/completions"])
+def test_choices_are_the_answers_to_their_own_seeds(fake: Program, path: str) -> None:
+    text = {"messages": MESSAGES} if "chat" in path else {"prompt": "Say"}
+
+    def texts(body: Any) -> list[str]:
+        choices = sorted(body["choices"], key=lambda choice: choice["index"])
+        assert [choice["index"] for choice in choices] == list(range(len(choices)))
+        return [choice["message"]["content"] if "chat" in path else choice["text"] for choice in choices]
+
+    whole = post(fake, path, {**text, **LIMITS, "n": 3}).json()
+    said = texts(whole)
+    assert len(set(said)) == 3
+    one = post(fake, path, {**text, **LIMITS}).json()
+    assert said[0] == texts(one)[0]
+    assert whole["usage"]["completion_tokens"] == 36
+    assert whole["usage"]["prompt_tokens"] == one["usage"]["prompt_tokens"]
+
+    options = {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, usage, done = events(post(fake, path, {**text, **LIMITS, "n": 3, **options}).text)
+    streamed, finished, roles = ["", "", ""], [], []
+    for chunk in chunks:
+        (choice,) = chunk["choices"]
+        index, delta = choice["index"], choice.get("delta", {})
+        streamed[index] += delta.get("content", "") if "chat" in path else choice["text"]
+        roles += [index] if "role" in delta else []
+        finished += [index] if choice["finish_reason"] else []
+    assert streamed == said
+    assert sorted(finished) == [0, 1, 2]
+    assert sorted(roles) == ([0, 1, 2] if "chat" in path else [])
+    assert (usage["choices"], done) == ([], "[DONE]")
+    assert usage["usage"]["completion_tokens"] == 36
+    assert usage["usage"]["prompt_tokens"] == whole["usage"]["prompt_tokens"]
+
+
+def test_more_choices_than_slots_are_answered_all(fake: Program) -> None:
+    body = post(fake, "/v1/chat/completions", {"messages": MESSAGES, **LIMITS, "n": 16}).json()
+    assert len({choice["message"]["content"] for choice in body["choices"]}) == 16
+    assert body["usage"]["completion_tokens"] == 16 * 12
+
+
+def test_a_prompt_asked_again_is_counted_as_cached(node: Program) -> None:
+    words = " ".join(f"word{number}" for number in range(15))
+    asked = {"prompt": f"{words} of {model_of(node)}", "max_tokens": 1, "temperature": 0}
+    first, second = (post(node, "/v1/completions", asked).json()["usage"] for _ in range(2))
+    assert first["prompt_tokens"] == second["prompt_tokens"]
+    assert first["prompt_tokens_details"]["cached_tokens"] < 10
+    # All but the last token, whose logits are needed, can have been kept.
+    assert second["prompt_tokens_details"]["cached_tokens"] > second["prompt_tokens"] // 2
+
+
+@pytest.mark.parametrize("stream", [True, False])
+def test_a_chat_reports_logprobs_of_each_token(node: Program, stream: bool) -> None:
+    asked = {"messages": MESSAGES, "max_tokens": 8, "temperature": 0, "logprobs": True, "top_logprobs": 3}
+    response = post(node, "/v1/chat/completions", {**asked, "stream": stream})
+    if stream:
+        chunks = events(response.text)[:-1]
+        content = [one for chunk in chunks for one in (chunk["choices"][0]["logprobs"] or {}).get("content", [])]
+        text = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    else:
+        choice = response.json()["choices"][0]
+        content, text = choice["logprobs"]["content"], choice["message"]["content"]
+        assert set(choice["logprobs"]) == {"content", "refusal"}
+    said = b"".join(bytes(one["bytes"]) for one in content)
+    assert said.decode("utf-8", "replace").startswith(text)
+    assert 1 <= len(content) <= 8
+    for one in content:
+        assert set(one) == {"token", "logprob", "bytes", "top_logprobs"}
+        assert len(one["top_logprobs"]) == 3
+        falling = [other["logprob"] for other in one["top_logprobs"]]
+        assert falling == sorted(falling, reverse=True)
+        # Greedy: the drawn token is the most probable one.
+        assert one["logprob"] == falling[0] <= 0
+        assert (one["token"], one["bytes"]) == (one["top_logprobs"][0]["token"], one["top_logprobs"][0]["bytes"])
+
+
+def test_logprobs_streamed_are_those_of_the_body(fake: Program) -> None:
+    asked = {"prompt": "Say", "logprobs": 2, "n": 2, **LIMITS}
+    whole = post(fake, "/v1/completions", asked).json()["choices"]
+    chunks = events(post(fake, "/v1/completions", {**asked, "stream": True}).text)[:-1]
+    for choice in whole:
+        parts = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["index"] == choice["index"]]
+        for name, expected in choice["logprobs"].items():
+            assert [one for part in parts if part for one in part[name]] == expected
+        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
+        assert choice["logprobs"]["text_offset"] == list(range(len(choice["text"])))
+        assert all(2 <= len(top) <= 3 for top in choice["logprobs"]["top_logprobs"])
+
+
+def test_an_answer_matches_its_grammar(node: Program) -> None:
+    asked = {"messages": MESSAGES, "grammar": 'root ::= ("yes" | "no") [0-9] [0-9]', "max_tokens": 50}
+    for seed in range(5):
+        choice = post(node, "/v1/chat/completions", {**asked, "seed": seed}).json()["choices"][0]
+        assert re.fullmatch("(yes|no)[0-9][0-9]", choice["message"]["content"])
+        assert choice["finish_reason"] == "stop"
+    chunks = events(post(node, "/v1/chat/completions", {**asked, "stream": True}).text)[:-1]
+    said = "".join(chunk["choices"][0]["delta"].get("content", "") for chunk in chunks)
+    assert re.fullmatch("(yes|no)[0-9][0-9]", said)
+
+
+SCHEMA = {
+    "type": "object",
+    "properties": {"fine": {"type": "boolean"}, "size": {"enum": ["s", "m", "l"]}},
+    "required": ["fine", "size"],
+    "additionalProperties": False,
+}
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"json_schema": SCHEMA},
+        {"response_format": {"type": "json_object", "schema": SCHEMA}},
+        {"response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": SCHEMA, "strict": True}}},
+    ],
+)
+def test_an_answer_matches_its_schema(node: Program, fields: Any) -> None:
+    asked = {"messages": MESSAGES, "max_tokens": 1000, "n": 3, **fields}
+    response = post(node, "/v1/chat/completions", asked)
+    assert "x-llmrack-ignored" not in response.headers
+    for choice in response.json()["choices"]:
+        assert choice["finish_reason"] == "stop", choice
+        found = json.loads(choice["message"]["content"])
+        assert set(found) == {"fine", "size"}
+        assert isinstance(found["fine"], bool) and found["size"] in ("s", "m", "l")
+
+
+def test_a_json_object_is_one(fake: Program) -> None:
+    """A model of random letters seldom ends an object by itself, so what is there when it is cut off is looked at."""
+    asked = {"messages": MESSAGES, "max_tokens": 60, "response_format": {"type": "json_object"}}
+    choice = post(fake, "/v1/chat/completions", asked).json()["choices"][0]
+    assert choice["message"]["content"].lstrip().startswith("{")
 
 
 def test_advice_is_accepted_and_named(fake: Program) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import socket
 from collections.abc import Iterator
 from pathlib import Path
@@ -12,7 +13,7 @@ import httpx
 import pytest
 
 from tests.conftest import Start
-from tests.processes import Program
+from tests.processes import Program, wait_for
 
 TOKEN = "fleet-token-0123456789"
 OTHER = "fleet-token-9876543210"
@@ -29,7 +30,7 @@ def token_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def node(start_module: Start, token_file: Path) -> Program:
     return start_module(
-        "llmnode", "--backend", "fake", "--n-ctx", "100", "--body-limit-bytes", "20000", "--max-tokens", "50",
+        "llmnode", "--backend", "fake", "--n-ctx", "100", "--body-limit-bytes", "100000", "--max-tokens", "50",
         "--fleet-token-file", str(token_file),
     ).ready()  # fmt: skip
 
@@ -58,13 +59,38 @@ def refused(response: httpx.Response, status: int) -> dict[str, Any]:
         ("temperature", "hot", 'from 0 to 2, got "hot"'),
         ("temperature", True, "from 0 to 2, got true"),
         ("top_p", 0, "above 0 and at most 1, got 0"),
-        ("top_k", -1, "whole number from 0, got -1"),
+        ("top_k", -2, f"whole number from -1 to {2**31 - 1}, got -2"),
         ("min_p", 1.5, "from 0 to 1, got 1.5"),
-        ("seed", 2**32 - 1, f"from 0 to {2**32 - 2}, got {2**32 - 1}"),
+        ("typical_p", 0, "above 0 and at most 1, got 0"),
+        ("top_n_sigma", -2, "from -1 to 100, got -2"),
+        ("xtc_probability", 1.1, "from 0 to 1, got 1.1"),
+        ("xtc_threshold", -0.1, "from 0 to 1, got -0.1"),
+        ("dry_multiplier", -1, "from 0 to 100, got -1"),
+        ("dry_base", 0.5, "from 1 to 100, got 0.5"),
+        ("dry_allowed_length", 1.5, "whole number from 0 to 1024, got 1.5"),
+        ("dry_penalty_last_n", -2, f"from -1 to {2**31 - 1}, got -2"),
+        ("dry_sequence_breakers", "x", "list of texts, none empty"),
+        ("dry_sequence_breakers", ["x" * 65], "texts of 64 characters at most, got 65"),
+        ("repeat_penalty", 0, "above 0 and at most 10, got 0"),
+        ("repetition_penalty", 11, "above 0 and at most 10, got 11"),
+        ("repeat_last_n", -2, f"from -1 to {2**31 - 1}, got -2"),
+        ("frequency_penalty", 2.5, "from -2 to 2, got 2.5"),
+        ("presence_penalty", "much", 'from -2 to 2, got "much"'),
+        ("logit_bias", {"262": 1}, "token ids from 0 to 261, got 262"),
+        ("logit_bias", {"5": 101}, "from -100 to 100 for token 5, got 101"),
+        ("mirostat", 3, "whole number from 0 to 2, got 3"),
+        ("mirostat_tau", 0, "above 0 and at most 100, got 0"),
+        ("mirostat_eta", 1.5, "from 0 to 1, got 1.5"),
+        ("seed", 2**32 - 1, f"from -1 to {2**32 - 2}, got {2**32 - 1}"),
         ("max_tokens", 0, "whole number from 1 to 50, got 0"),
         ("max_tokens", 51, "whole number from 1 to 50, got 51"),
         ("max_completion_tokens", 1.5, "whole number from 1 to 50, got 1.5"),
-        ("n", 2, "n must be 1"),
+        ("n", 0, "whole number from 1 to 16, got 0"),
+        ("n", 17, "whole number from 1 to 16, got 17"),
+        ("best_of", 2, "not supported"),
+        ("logprobs", 3, "true or false, got 3"),
+        ("top_logprobs", 21, "whole number from 0 to 20, got 21"),
+        ("top_logprobs", 3, "only allowed with logprobs: true"),
         ("stop", [""], "none empty"),
         ("stop", ["x"] * 17, "16 texts at most, got 17"),
         ("stream", "yes", "true or false"),
@@ -72,10 +98,13 @@ def refused(response: httpx.Response, status: int) -> dict[str, Any]:
         ("messages", [], "at least one message"),
         ("messages", "Hello", "got a text"),
         ("tools", [{"type": "function"}], "not supported"),
-        ("response_format", {"type": "json_object"}, "not supported"),
-        ("logprobs", True, "not supported"),
-        ("presence_penalty", 0.5, "not supported"),
-        ("logit_bias", {"5": 1}, "not supported"),
+        ("response_format", "json", "must be an object, got a text"),
+        ("json_schema", [], "must be an object, got a list"),
+        ("grammar", "root ::= unknown-rule", "grammar"),
+        ("grammar", "x" * 70000, "65536 bytes at most, got 70000"),
+        ("json_schema", {"enum": ["x" * 70000]}, "65536 bytes at most, got 700"),
+        ("samplers", ["top_k"], "not supported"),
+        ("stop_token_ids", [5], "not supported"),
     ],
 )  # fmt: skip
 def test_a_field_out_of_range_is_named_with_its_limit_and_value(
@@ -107,8 +136,51 @@ def test_a_bad_message_is_named_by_its_place(client: httpx.Client, message: Any,
 
 
 def test_neutral_values_of_unsupported_fields_are_fine(client: httpx.Client) -> None:
-    body = {"messages": MESSAGES, "max_tokens": 1, "tools": [], "presence_penalty": 0.0, "logprobs": False, "n": 1}
-    assert client.post("/v1/chat/completions", json={**body, "logit_bias": None}).status_code == 200
+    body = {"messages": MESSAGES, "max_tokens": 1, "tools": [], "samplers": None, "best_of": 1, "echo": False}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200
+    assert "x-llmrack-ignored" not in answer.headers
+
+
+@pytest.mark.parametrize("stream", [True, False])
+@pytest.mark.parametrize(
+    ("fields", "param"),
+    [
+        ({"grammar": "root ::= ("}, "grammar"),
+        ({"grammar": 'other ::= "a"'}, "grammar"),
+        ({"grammar": "x" * 70000}, "grammar"),
+        ({"json_schema": {"type": "nothing"}}, "json_schema"),
+        ({"json_schema": {"enum": ["x" * 70000]}}, "json_schema"),
+        ({"response_format": {"type": "json_object", "schema": {"type": 5}}}, "response_format.schema"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {"not": {}}}}},
+            "response_format.json_schema.schema",
+        ),
+    ],
+)
+def test_a_constraint_that_does_not_compile_is_named_by_its_place(
+    client: httpx.Client, stream: bool, fields: Any, param: str
+) -> None:
+    """At each endpoint, and before a stream has begun."""
+    for path, text in (
+        ("/v1/chat/completions", {"messages": MESSAGES}),
+        ("/v1/completions", {"prompt": "a"}),
+    ):
+        error = refused(client.post(path, json={**text, **fields, "stream": stream}), 400)
+        assert error["param"] == param
+
+
+@pytest.mark.parametrize(
+    "names", [["a\r\nset-cookie: x"], ["a\x01\x7f"], ["\u20ac"], [f"field{n}" for n in range(4000)]]
+)
+def test_names_of_fields_that_no_header_can_hold_do_not_break_the_answer(
+    client: httpx.Client, names: list[str]
+) -> None:
+    body = {"messages": MESSAGES, "max_tokens": 1, **dict.fromkeys(names, 1)}
+    answer = client.post("/v1/chat/completions", json=body)
+    assert answer.status_code == 200
+    assert "set-cookie" not in answer.headers
+    assert re.fullmatch("[ -~]{1,4003}", answer.headers["x-llmrack-ignored"])
 
 
 @pytest.mark.parametrize(
@@ -164,8 +236,8 @@ def test_a_bad_prompt_is_refused_by_name(client: httpx.Client, prompt: Any) -> N
 
 
 def test_a_body_over_the_limit_is_a_413_that_names_it(client: httpx.Client) -> None:
-    error = refused(client.post("/v1/chat/completions", content=b" " * 30000), 413)
-    assert "20000" in error["message"]
+    error = refused(client.post("/v1/chat/completions", content=b" " * 150000), 413)
+    assert "100000" in error["message"]
 
 
 def test_unknown_paths_and_methods_have_the_same_shape(client: httpx.Client) -> None:
@@ -235,6 +307,21 @@ def test_a_full_queue_is_a_503_with_retry_after(start: Start) -> None:
         error = refused(answer, 503)
         assert error["code"] == "overloaded"
         assert int(answer.headers["retry-after"]) >= 1
+
+
+def test_more_choices_than_could_ever_run_are_a_400_and_more_than_run_now_a_503(start: Start) -> None:
+    node = start("llmnode", "--backend", "fake", "--slots", "1", "--queue-limit", "1", "--fake-step-delay-s", "0.05")
+    node.ready()
+    asked = {"messages": MESSAGES, "ignore_eos": True, "max_tokens": 3000}
+    error = refused(httpx.post(node.url + "/v1/chat/completions", json={**asked, "n": 3}, timeout=60), 400)
+    assert error["message"] == "n must be a whole number from 1 to 2, got 3"
+    with httpx.stream("POST", node.url + "/v1/chat/completions", json={**asked, "stream": True}, timeout=60) as held:
+        pieces = held.iter_raw()
+        next(pieces)
+        error = refused(httpx.post(node.url + "/v1/chat/completions", json={**asked, "n": 2}, timeout=60), 503)
+        assert error["code"] == "overloaded"
+        # The choice that did fit has been taken back: the one place in the queue is free.
+        wait_for(lambda: node.get("/node").json()["load"]["waiting"] == 0, "the queue to be empty")
 
 
 def test_an_answer_past_its_deadline_is_a_504(start: Start) -> None:

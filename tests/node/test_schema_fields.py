@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
+import math
+from pathlib import Path
 from typing import Any
 
 import pytest
 
 from llmnode.api import schema
-from llmnode.api.schema import REFUSED, ChatRequest, Rules, Shape
-from llmnode.engine.types import Finish, Sampling
+from llmnode.api.fields import Fields
+from llmnode.api.schema import REFUSED, ChatRequest, CompletionRequest, Constraint, Rules
+from llmnode.api.shape import Answer, LogprobWriter, Shape
+from llmnode.engine.types import Finish, Logprob, Sampling
 from llmnode.wire.errors import InvalidRequest
 from llmnode.wire.node import Usage
 
@@ -18,6 +24,17 @@ HELLO = [{"role": "user", "content": "Hello"}]
 
 def chat(rules: Rules = RULES, **fields: Any) -> ChatRequest:
     return schema.chat({"messages": HELLO, **fields}, rules, seed=5)
+
+
+def completion(rules: Rules = RULES, **fields: Any) -> CompletionRequest:
+    return schema.completion({"prompt": "a", **fields}, rules, seed=5)
+
+
+def refusal(**fields: Any) -> InvalidRequest:
+    """The error that a chat with these fields is refused with."""
+    with pytest.raises(InvalidRequest) as caught:
+        chat(**fields)
+    return caught.value
 
 
 def test_a_bare_request_leaves_the_distribution_as_it_is() -> None:
@@ -35,6 +52,217 @@ def test_every_honoured_field_arrives() -> None:
     assert (options.model, options.stop, options.max_tokens) == ("alias", ("x",), 4)
     assert options.stream and options.include_usage and options.ignore_eos
     assert options.ignored == ()
+
+
+def test_every_sampler_that_the_engine_has_can_be_asked_for() -> None:
+    """The names are llama.cpp's; what is asked for differs from every default."""
+    asked = {
+        "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "seed": 11, "typical_p": 0.8, "top_n_sigma": 1.5,
+        "xtc_probability": 0.3, "xtc_threshold": 0.2, "dry_multiplier": 0.8, "dry_base": 2, "dry_allowed_length": 3,
+        "dry_penalty_last_n": 100, "dry_sequence_breakers": [".", "!"], "repeat_penalty": 1.1, "repeat_last_n": 32,
+        "frequency_penalty": -0.5, "presence_penalty": 0.6, "logit_bias": {"3": -100, "99": 5}, "mirostat": 2,
+        "mirostat_tau": 4, "mirostat_eta": 0.2,
+    }  # fmt: skip
+    wanted = Sampling(
+        temperature=0.5, top_k=7, top_p=0.9, min_p=0.1, seed=11, typical_p=0.8, top_n_sigma=1.5,
+        xtc_probability=0.3, xtc_threshold=0.2, dry_multiplier=0.8, dry_base=2.0, dry_allowed_length=3,
+        dry_last_n=100, dry_breakers=(".", "!"), repeat_penalty=1.1, repeat_last_n=32,
+        frequency_penalty=-0.5, presence_penalty=0.6, logit_bias=((3, -100.0), (99, 5.0)), mirostat=2,
+        mirostat_tau=4.0, mirostat_eta=0.2,
+    )  # fmt: skip
+    for options in (chat(**asked).options, completion(**asked).options):
+        assert options.sampling == wanted
+        assert options.ignored == ()
+    plain = Sampling()
+    same = [
+        field.name
+        for field in dataclasses.fields(Sampling)
+        if getattr(wanted, field.name) == getattr(plain, field.name)
+    ]
+    assert same == [], "a new sampler: read it, then ask for it here"
+
+
+def test_llama_cpps_minus_one_switches_off() -> None:
+    options = chat(top_k=-1, top_n_sigma=-1.0, seed=-1).options
+    assert options.sampling == Sampling(seed=5)
+    everything = chat(repeat_last_n=-1, dry_penalty_last_n=-1).options.sampling
+    assert (everything.repeat_last_n, everything.dry_last_n) == (-1, -1)
+
+
+def test_an_off_window_is_not_the_default_one() -> None:
+    sampling = chat(repeat_penalty=1.2, repeat_last_n=0, dry_penalty_last_n=0, dry_allowed_length=0).options.sampling
+    assert (sampling.repeat_last_n, sampling.dry_last_n, sampling.dry_allowed_length) == (0, 0, 0)
+    assert chat(dry_sequence_breakers=[]).options.sampling.dry_breakers == ()
+
+
+def test_each_name_of_the_repetition_penalty_means_what_its_server_does() -> None:
+    ours, theirs = chat(repeat_penalty=1.3).options.sampling, chat(repetition_penalty=1.3).options.sampling
+    assert (ours.repeat_penalty, ours.repeat_last_n) == (1.3, 64)
+    assert (theirs.repeat_penalty, theirs.repeat_last_n) == (1.3, -1)
+    assert chat(repetition_penalty=1.3, repeat_last_n=9).options.sampling.repeat_last_n == 9
+    assert chat(repetition_penalty=1.3, repeat_penalty=1.3).options.sampling == ours
+    assert "contradict" in refusal(repetition_penalty=1.3, repeat_penalty=1.2).message
+
+
+def test_a_bias_is_an_object_or_pairs_and_false_forbids() -> None:
+    def biases(value: Any) -> Any:
+        return chat(logit_bias=value).options.sampling.logit_bias
+
+    assert biases({"0": 1, "99": -2.5}) == ((0, 1.0), (99, -2.5))
+    assert biases([[0, 1], [99, -2.5]]) == ((0, 1.0), (99, -2.5))
+    assert biases([[7, False]]) == ((7, -math.inf),)
+    assert biases({"7": 0}) == () == biases({}) == biases([])
+    assert len(biases({str(token): 1 for token in range(100)})) == 100
+
+
+@pytest.mark.parametrize(
+    ("value", "says"),
+    [
+        ("5", "an object of token ids"),
+        ({"100": 1}, "from 0 to 99, got 100"),
+        ({"-1": 1}, 'from 0 to 99, got "-1"'),
+        ({"1_0": 1}, 'got "1_0"'),
+        ({"Hello": 1}, 'got "Hello"'),
+        ({"5": 100.5}, "from -100 to 100 for token 5, got 100.5"),
+        ({"5": "1"}, "from -100 to 100 for token 5"),
+        ({"5": True}, "from -100 to 100 for token 5, got true"),
+        ({"5": False}, "from -100 to 100 for token 5, got false"),
+        ({"5": None}, "from -100 to 100 for token 5, got nothing"),
+        ([[5]], "pairs of a token id and a bias, got [5]"),
+        ([5], "pairs of a token id and a bias, got 5"),
+        ([["Hello", 1]], 'from 0 to 99, got "Hello"'),
+        ([[5, 1], [5, 2]], "names a token twice, got 5"),
+        ([[5, True]], "for token 5, got true"),
+        ({str(token): 1 for token in range(1025)}, "1024 tokens at most, got 1025"),
+    ],
+)
+def test_a_bad_bias_is_named(value: Any, says: str) -> None:
+    error = refusal(logit_bias=value)
+    assert error.param == "logit_bias"
+    assert says in error.message
+
+
+def test_logprobs_are_asked_for_as_each_endpoint_has_it() -> None:
+    assert chat().options.logprobs is None
+    assert chat(logprobs=False, top_logprobs=0).options.logprobs is None
+    assert chat(logprobs=True).options.logprobs == 0
+    assert chat(logprobs=True, top_logprobs=20).options.logprobs == 20
+    assert completion().options.logprobs is None
+    assert completion(logprobs=False).options.logprobs is None
+    assert completion(logprobs=0).options.logprobs == 0
+    assert completion(logprobs=5).options.logprobs == 5
+    assert "only allowed with logprobs: true" in refusal(top_logprobs=3).message
+    with pytest.raises(InvalidRequest, match="top_logprobs is not supported"):
+        completion(top_logprobs=3)
+    with pytest.raises(InvalidRequest, match="logprobs must be a whole number from 0 to 20, got true"):
+        completion(logprobs=True)
+
+
+def test_choices_are_bounded_by_what_could_ever_run_here() -> None:
+    assert (chat().options.choices, chat(n=16).options.choices) == (1, 16)
+    assert refusal(n=17).message == "n must be a whole number from 1 to 16, got 17"
+    small = Rules(models=("m",), n_vocab=100, max_choices=2)
+    with pytest.raises(InvalidRequest, match="from 1 to 2, got 3"):
+        chat(small, n=3)
+    assert chat(n=3, best_of=3).options.choices == 3
+    assert refusal(n=3, best_of=4).param == "best_of"
+
+
+SCHEMA = {"type": "object", "properties": {"a": {"type": "integer"}}}
+
+
+@pytest.mark.parametrize(
+    ("fields", "constraint"),
+    [
+        ({"grammar": 'root ::= "a"'}, Constraint("gbnf", "grammar", 'root ::= "a"')),
+        ({"grammar": ""}, None),
+        ({"json_schema": SCHEMA}, Constraint("json_schema", "json_schema", SCHEMA)),
+        ({"json_schema": {}}, Constraint("json_object", "json_schema")),
+        ({"response_format": {"type": "text"}}, None),
+        ({"response_format": {"type": "json_object"}}, Constraint("json_object", "response_format")),
+        (
+            {"response_format": {"type": "json_object", "schema": SCHEMA}},
+            Constraint("json_schema", "response_format.schema", SCHEMA),
+        ),
+        (
+            {
+                "response_format": {
+                    "type": "json_schema",
+                    "json_schema": {"name": "x", "strict": True, "schema": SCHEMA},
+                }
+            },
+            Constraint("json_schema", "response_format.json_schema.schema", SCHEMA),
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}}}},
+            Constraint("json_schema", "response_format.json_schema.schema", {}),
+        ),
+    ],
+)
+def test_a_constraint_is_read_from_wherever_clients_put_it(fields: Any, constraint: Constraint | None) -> None:
+    for options in (chat(**fields).options, completion(**fields).options):
+        assert options.constraint == constraint
+        assert options.ignored == ()
+
+
+@pytest.mark.parametrize(
+    ("fields", "param", "says"),
+    [
+        ({"grammar": 5}, "grammar", "must be a text, got a number"),
+        ({"json_schema": "x"}, "json_schema", "must be an object, got a text"),
+        ({"response_format": "json"}, "response_format", "must be an object, got a text"),
+        ({"response_format": {}}, "response_format.type", "text, json_object or json_schema, got nothing"),
+        ({"response_format": {"type": "regex"}}, "response_format.type", 'got "regex"'),
+        ({"response_format": {"type": "json_schema"}}, "response_format.json_schema.schema", "got nothing"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": True}}},
+            "response_format.json_schema.schema",
+            "must be an object",
+        ),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"schema": {}, "strict": 1}}},
+            "response_format.json_schema.strict",
+            "true or false, got 1",
+        ),
+        (
+            {"response_format": {"type": "json_object"}, "grammar": 'root ::= "a"'},
+            "grammar",
+            "grammar and response_format contradict each other",
+        ),
+        ({"json_schema": SCHEMA, "grammar": 'root ::= "a"'}, "grammar", "contradict"),
+        ({"json_schema": SCHEMA, "response_format": {"type": "json_object"}}, "json_schema", "contradict"),
+        ({"grammar": 'root ::= "a"', "ignore_eos": True}, "ignore_eos", "contradict"),
+    ],
+)
+def test_a_bad_constraint_is_named_by_its_place(fields: Any, param: str, says: str) -> None:
+    error = refusal(**fields)
+    assert error.param == param
+    assert says in error.message
+    assert len(error.message) < 300
+
+
+def test_a_value_nested_to_the_edge_of_what_can_be_read_is_refused_and_does_not_break_the_reader() -> None:
+    for depth in (900, 950, 970, 980, 985, 990, 995):
+        deep: Any = []
+        for _ in range(depth):
+            deep = [deep]
+        for field in ("temperature", "n", "stop", "logit_bias", "grammar", "audio"):
+            assert refusal(**{field: deep}).param == field
+
+
+def test_what_a_schema_says_beside_itself_is_advice() -> None:
+    inner = {"name": "x", "description": "a thing", "schema": SCHEMA}
+    options = chat(response_format={"type": "json_schema", "json_schema": inner, "x": 1}).options
+    assert options.ignored == ("response_format.json_schema.description", "response_format.x")
+
+
+def test_inference_answers_with_one_text() -> None:
+    for field, value in (("n", 2), ("logprobs", 1), ("stream", True)):
+        with pytest.raises(InvalidRequest, match="not supported at /inference") as caught:
+            schema.inference({"prompt": "a", field: value}, RULES, seed=0)
+        assert caught.value.param == field
+    plain = schema.inference({"prompt": "a", "n": 1, "logprobs": False, "stream": False}, RULES, seed=0)
+    assert plain.options.choices == 1
 
 
 def test_null_counts_as_absent() -> None:
@@ -97,12 +325,14 @@ def test_completions_do_not_know_the_chat_name_of_max_tokens() -> None:
     assert request.options.ignored == ("max_completion_tokens",)
 
 
+USAGE = Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=2)
+FRAME = {"id": "i", "created": 1, "model": "m", "system_fingerprint": None}
+CHAT, TEXT = Shape("i", 1, "m", chat=True), Shape("i", 1, "m", chat=False)
+
+
 def test_the_shapes_are_openais() -> None:
-    usage = Usage(prompt_tokens=3, cached_tokens=1, completion_tokens=2)
-    frame = {"id": "i", "created": 1, "model": "m", "system_fingerprint": None}
-    chat, text = Shape("i", 1, "m", chat=True), Shape("i", 1, "m", chat=False)
-    assert chat.whole("hi", Finish.STOP, usage) == {
-        **frame,
+    assert CHAT.whole([Answer("hi", Finish.STOP)], USAGE) == {
+        **FRAME,
         "object": "chat.completion",
         "choices": [
             {
@@ -119,14 +349,93 @@ def test_the_shapes_are_openais() -> None:
             "prompt_tokens_details": {"cached_tokens": 1},
         },
     }
-    assert chat.last(Finish.LENGTH) == {
-        **frame,
+    assert CHAT.last(0, Finish.LENGTH) == {
+        **FRAME,
         "object": "chat.completion.chunk",
         "choices": [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}],
     }
-    assert text.piece("hi") == {
-        **frame,
+    assert TEXT.piece(1, "hi") == {
+        **FRAME,
         "object": "text_completion",
-        "choices": [{"index": 0, "text": "hi", "logprobs": None, "finish_reason": None}],
+        "choices": [{"index": 1, "text": "hi", "logprobs": None, "finish_reason": None}],
     }
-    assert text.first() is None
+    assert TEXT.first(0) is None
+
+
+PIECES = [b"He", b"llo", b"\xe2\x82", b"\xac", b"", b"!"]
+DRAWN = (
+    Logprob(0, -0.5, ((0, -0.5), (1, -1.5))),
+    Logprob(2, -3.0, ((1, -0.25), (4, -2.0))),
+    Logprob(3, -math.inf, ((3, -0.1), (0, -20000.0))),
+    Logprob(5, 0.0, ((5, 0.0), (2, -5.0))),
+    Logprob(4, -0.1, ((4, -0.1), (0, -3.0))),
+)
+"""The last one ends the answer: it is no part of it."""
+
+
+def test_a_chat_reports_logprobs_in_openais_shape() -> None:
+    (body,) = CHAT.whole(
+        [Answer("He€!", Finish.STOP, DRAWN)], USAGE, [LogprobWriter(PIECES, chat=True, top=2)]
+    )["choices"]  # fmt: skip
+    assert set(body["logprobs"]) == {"content", "refusal"}
+    first, half, rest, last = body["logprobs"]["content"]
+    assert first == {
+        "token": "He",
+        "logprob": -0.5,
+        "bytes": [72, 101],
+        "top_logprobs": [
+            {"token": "He", "logprob": -0.5, "bytes": [72, 101]},
+            {"token": "llo", "logprob": -1.5, "bytes": [108, 108, 111]},
+        ],
+    }
+    assert (half["token"], half["bytes"]) == ("\\xe2\\x82", [0xE2, 0x82])
+    assert half["top_logprobs"][1] == {"token": "token_id:4", "logprob": -2.0, "bytes": None}
+    assert (rest["logprob"], rest["top_logprobs"][1]["logprob"]) == (-9999.0, -9999.0)
+    assert bytes(first["bytes"] + half["bytes"] + rest["bytes"] + last["bytes"]).decode() == "He€!"
+    assert json.loads(json.dumps(body, allow_nan=False)) == body
+
+
+def test_a_completion_reports_logprobs_in_openais_older_shape() -> None:
+    answer = Answer("He€!", Finish.STOP, DRAWN)
+    (body,) = TEXT.whole([answer], USAGE, [LogprobWriter(PIECES, chat=False, top=2)])["choices"]
+    assert body["logprobs"] == {
+        "tokens": ["He", "bytes:\\xe2\\x82", "bytes:\\xac", "!"],
+        "token_logprobs": [-0.5, -3.0, -9999.0, 0.0],
+        "top_logprobs": [
+            {"He": -0.5, "llo": -1.5},
+            {"llo": -0.25, "token_id:4": -2.0, "bytes:\\xe2\\x82": -3.0},
+            {"bytes:\\xac": -0.1, "He": -9999.0},
+            {"!": 0.0, "bytes:\\xe2\\x82": -5.0},
+        ],
+        "text_offset": [0, 2, 2, 3],
+    }
+    (bare,) = TEXT.whole([answer], USAGE, [LogprobWriter(PIECES, chat=False, top=0)])["choices"]
+    assert bare["logprobs"]["top_logprobs"] is None
+
+
+@pytest.mark.parametrize("chat", [True, False])
+def test_logprobs_in_pieces_are_those_of_the_whole(chat: bool) -> None:
+    whole = LogprobWriter(PIECES, chat=chat, top=2).write(DRAWN)
+    for cut in range(len(DRAWN) + 1):
+        writer = LogprobWriter(PIECES, chat=chat, top=2)
+        parts = [writer.write(DRAWN[:cut]), writer.write(DRAWN[cut:])]
+        for name, value in whole.items():
+            if isinstance(value, list):
+                assert parts[0][name] + parts[1][name] == value
+
+
+def test_every_field_that_is_read_is_in_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: set[str] = set()
+
+    class Spy(Fields):
+        def get(self, name: str) -> Any:
+            looked_at.add(name)
+            return super().get(name)
+
+    monkeypatch.setattr(schema, "Fields", Spy)
+    chat(stream=True, stream_options={}, response_format={"type": "json_schema", "json_schema": {"schema": {}}})
+    completion(response_format={"type": "json_object"})
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+    inner = {"role", "content", "name", "reasoning_content", "tool_calls", "include_usage", "type", "schema", "strict"}
+    missing = {name for name in looked_at - set(REFUSED) - inner if f"`{name}`" not in page}
+    assert missing == {"stream_options"}  # which is there as stream_options.include_usage

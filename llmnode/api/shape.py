@@ -1,0 +1,143 @@
+"""Answers to JSON: the shapes of OpenAI's API, for chats and completions, whole and in chunks, with logprobs.
+
+Owns: what an answer looks like on the wire, field for field. Refuses to know: requests, and when a piece is sent.
+Source of names and shapes: OpenAI's API reference.
+"""
+
+from __future__ import annotations
+
+import codecs
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from llmnode.engine.types import Finish, Logprob
+from llmnode.wire.node import Usage
+
+_FLOOR = -9999.0
+"""JSON has no infinity; OpenAI writes this for a probability of nothing."""
+
+
+@dataclass(frozen=True)
+class Answer:
+    """One choice that has come to its end. `logprobs`: one for each token, where they were asked for."""
+
+    text: str
+    finish: Finish
+    logprobs: tuple[Logprob, ...] = ()
+
+
+class LogprobWriter:
+    """The `logprobs` object of one choice, piece by piece: pieces put together say what one call over all would.
+
+    pieces: bytes of each token as text.        top: how many alternatives were asked for.
+
+    A token that is half a character is written with its bytes escaped, as `\\xe2\\x82`. A control token has no text: as
+    an alternative it is written as `token_id:ID`, the way vLLM names tokens by their ids, with `bytes` null; as part of
+    the answer (the one that ends it, mostly) it is left out, as OpenAI does, so that tokens and text agree.
+    """
+
+    def __init__(self, pieces: Sequence[bytes], *, chat: bool, top: int) -> None:
+        self._pieces = pieces
+        self._chat = chat
+        self._top = top
+        self._offset = 0
+        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
+
+    def write(self, logprobs: Sequence[Logprob]) -> dict[str, Any]:
+        """The object for these tokens, which come after those of the calls before."""
+        logprobs = [one for one in logprobs if self._pieces[one.token]]
+        if self._chat:
+            return {"content": [self._entry(one) for one in logprobs], "refusal": None}
+        return {
+            "tokens": [self._name(one.token) for one in logprobs],
+            "token_logprobs": [_finite(one.logprob) for one in logprobs],
+            "top_logprobs": [self._alternatives(one) for one in logprobs] if self._top else None,
+            "text_offset": [self._place(one.token) for one in logprobs],
+        }
+
+    def _entry(self, one: Logprob) -> dict[str, Any]:
+        top = [self._named(token, logprob) for token, logprob in one.top]
+        return {**self._named(one.token, one.logprob), "top_logprobs": top}
+
+    def _named(self, token: int, logprob: float) -> dict[str, Any]:
+        piece = self._pieces[token]
+        text = piece.decode("utf-8", "backslashreplace") if piece else f"token_id:{token}"
+        return {"token": text, "logprob": _finite(logprob), "bytes": list(piece) if piece else None}
+
+    def _name(self, token: int) -> str:
+        """A token in a completion, where the bytes have no field of their own: OpenAI marks those that are no text."""
+        piece = self._pieces[token]
+        if not piece:
+            return f"token_id:{token}"
+        try:
+            return piece.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + piece.decode("utf-8", "backslashreplace")
+
+    def _alternatives(self, one: Logprob) -> dict[str, float]:
+        """The most probable tokens and the drawn one, which may be none of them."""
+        found = {self._name(token): _finite(logprob) for token, logprob in one.top}
+        found.setdefault(self._name(one.token), _finite(one.logprob))
+        return found
+
+    def _place(self, token: int) -> int:
+        """How many characters of the answer were complete when this token began."""
+        place = self._offset
+        self._offset += len(self._decode(self._pieces[token]))
+        return place
+
+
+@dataclass(frozen=True)
+class Shape:
+    """How the answers to one request are written down. `index` counts the choices from 0."""
+
+    id: str
+    created: int
+    model: str
+    chat: bool
+
+    def whole(self, answers: Sequence[Answer], usage: Usage, writers: Sequence[LogprobWriter] = ()) -> dict[str, Any]:
+        """The body of answers that are not streamed; `writers`, one for each, where logprobs were asked for."""
+        choices = []
+        for index, answer in enumerate(answers):
+            text = answer.text
+            content = (
+                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
+            )
+            logprobs = writers[index].write(answer.logprobs) if writers else None
+            choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": answer.finish.value})
+        return {**self._frame("chat.completion" if self.chat else "text_completion", choices), "usage": usage.openai()}
+
+    def first(self, index: int) -> dict[str, Any] | None:
+        """The chunk that says who speaks; completions have none."""
+        return self._chunk(index, {"role": "assistant", "content": ""}, None, None) if self.chat else None
+
+    def piece(self, index: int, text: str, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        return self._chunk(index, {"content": text} if self.chat else text, None, logprobs)
+
+    def last(self, index: int, finish: Finish) -> dict[str, Any]:
+        return self._chunk(index, {} if self.chat else "", finish.value, None)
+
+    def usage(self, usage: Usage) -> dict[str, Any]:
+        """The chunk without choices that ends a stream when stream_options.include_usage asks for it."""
+        return {**self._frame("chat.completion.chunk" if self.chat else "text_completion", []), "usage": usage.openai()}
+
+    def _chunk(self, index: int, delta: Any, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
+        content = {"delta": delta} if self.chat else {"text": delta}
+        choice = {"index": index, **content, "logprobs": logprobs, "finish_reason": finish}
+        return self._frame("chat.completion.chunk" if self.chat else "text_completion", [choice])
+
+    def _frame(self, kind: str, choices: list[Any]) -> dict[str, Any]:
+        return {
+            "id": self.id,
+            "object": kind,
+            "created": self.created,
+            "model": self.model,
+            "system_fingerprint": None,
+            "choices": choices,
+        }
+
+
+def _finite(logprob: float) -> float:
+    return logprob if logprob > _FLOOR else _FLOOR

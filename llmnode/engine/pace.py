@@ -1,0 +1,95 @@
+"""What a step costs, learnt from the steps so far, and what follows: how much to prefill, how far to guess ahead, when
+a step counts as stuck. Pure: seconds come in as arguments.
+
+Owns: the model of a step's time, seconds = base + each * (tokens of running answers) + prefill * (prompt tokens). The
+first two are a straight line through steps without prompts, older ones fading; the third is what is left over in steps
+with prompts, and follows quickly, since the cost of a prompt token grows with the context before it.
+Refuses to know: sequences, the backend, the clock.
+"""
+
+from __future__ import annotations
+
+_FADE = 0.98
+"""Weight of a step against the next one: about the last 50 count."""
+_SLOPE = 0.2
+"""What one token more is taken to cost before it was measured, as a share of a step of one token: between the 0.12 to
+0.37 of small models on two cores and the few hundredths of a GPU."""
+_WHOLE = 64
+"""Tokens in a step from which llama.cpp's attention on CPUs takes tiles and not rows: with 2,048 tokens of context, 63
+of them took 506 ms and 64 took 34 (15M model, heads of 48 values). So this many are computed although they stall
+running
+answers up to _STRETCH times too long: by the time that fewer took, they often do not."""
+_STRETCH = 4
+_PREFILL_FADE = 0.7
+_MARGIN = 1.1
+"""A guess must gain this much more than it costs: the estimates are rough."""
+
+
+class Pace:
+    """stall_s: seconds that a prompt may add to a step of running answers. tolerance, grace_s, slowest_tps: see
+    `due`."""
+
+    def __init__(self, stall_s: float, *, grace_s: float, tolerance: float, slowest_tps: float) -> None:
+        self._stall_s = stall_s
+        self._grace_s, self._tolerance, self._slowest_tps = grace_s, tolerance, slowest_tps
+        self._n = self._x = self._y = self._xx = self._xy = 0.0
+        self._prefill_s = 0.0
+
+    def record(self, decode: int, prefill: int, seconds: float) -> None:
+        """A step of `decode` tokens of running answers and `prefill` tokens of prompts took so long."""
+        if prefill == 0:
+            self._n = self._n * _FADE + 1
+            self._x = self._x * _FADE + decode
+            self._y = self._y * _FADE + seconds
+            self._xx = self._xx * _FADE + decode * decode
+            self._xy = self._xy * _FADE + decode * seconds
+            return
+        each = max(seconds - self.seconds(decode), 0.1 * seconds) / prefill if decode else seconds / prefill
+        # A few tokens say little about the speed of many: their step is mostly base.
+        weight = (1 - _PREFILL_FADE) * min(1.0, prefill / 16) if self._prefill_s else 1.0
+        self._prefill_s += (each - self._prefill_s) * weight
+
+    def seconds(self, decode: int, prefill: int = 0) -> float:
+        """About how long a step takes; 0.0 where nothing like it was measured."""
+        base, each = self._line()
+        known = base + each * decode if decode else 0.0
+        return known + self._prefill_s * prefill
+
+    def prefill_limit(self, decode: int, most: int) -> int:
+        """Prompt tokens to compute in a step beside `decode` tokens of running answers: all that fits in the stall."""
+        if decode == 0:
+            return most
+        if not self._prefill_s:
+            return min(most, _WHOLE)
+        fits = int(self._stall_s / self._prefill_s)
+        if fits + decode < _WHOLE and (_WHOLE - decode) * self._prefill_s < _STRETCH * self._stall_s:
+            fits = _WHOLE - decode
+        return max(1, min(most, fits))
+
+    def worth(self, decode: int) -> float:
+        """The chance of being right from which a guessed token pays, beside `decode` tokens of running answers.
+
+        One token more takes `each` seconds of a step that gives `decode` tokens in base + each * decode. It pays if it
+        brings more tokens a second than the step does without it."""
+        base, each = self._line()
+        whole = base + each * decode
+        return _MARGIN * each * decode / whole if whole > 0 else _MARGIN * _SLOPE
+
+    def due(self, decode: int, prefill: int) -> float:
+        """Seconds after which a step counts as stuck: the grace plus so many times what it should take."""
+        base, each = self._line()
+        decode_s = base + each * decode if self._n else decode / self._slowest_tps
+        prefill_s = prefill * (self._prefill_s or 1 / self._slowest_tps)
+        return self._grace_s + self._tolerance * (decode_s + prefill_s)
+
+    def _line(self) -> tuple[float, float]:
+        """(base, each) of steps without prompts; zeros before any."""
+        if not self._n:
+            return 0.0, 0.0
+        x, y = self._x / self._n, self._y / self._n
+        spread = self._xx / self._n - x * x
+        each = (self._xy / self._n - x * y) / spread if spread > 0.05 * x * x else 0.0
+        if each <= 0:  # all steps alike: share their time out as it usually is
+            each = y * _SLOPE / (1 - _SLOPE + _SLOPE * x)
+        each = min(each, y / x)
+        return max(0.0, y - each * x), each

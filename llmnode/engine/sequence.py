@@ -1,0 +1,128 @@
+"""One answer in the making: its tokens, how far they are computed, and what its reader has not heard yet.
+
+Owns: the state of one answer. Refuses to know: other answers, the queue, where its cells are. The engine's thread
+changes it; before `Engine.submit` hands it over, the submitting thread has it alone.
+"""
+
+from __future__ import annotations
+
+from array import array
+from dataclasses import dataclass, field
+
+from llmnode.engine.lookup import Lookup
+from llmnode.engine.sampler import Sampler
+from llmnode.engine.text import TextStream
+from llmnode.engine.types import Ask, Finish, Logprob, Sink, Text
+
+NOWHERE = -1
+
+
+@dataclass(eq=False, slots=True)
+class Sequence:
+    """One answer.
+
+    limit: answer tokens at most.       seq: its number in the backend, NOWHERE while it waits.
+    tokens: prompt and answer.          computed: tokens whose cells exist.
+    answered: tokens of the answer.     sampled: of these, those that the sampler has taken in.
+    fresh, unsent, logprobs: ids, text and log probabilities since the last event.
+    loose: of the computed ones, those that were computed one by one.
+    cached: prompt tokens that were found and not computed; None before the first admission.
+    leader, follow: another sequence that computes the same prompt, and how many of its tokens to wait for.
+    yielded: how often it had to give way.          passed: how often others were admitted past it.
+    ended: why it was over before it began: an answer that was whole when its node died.
+    submitted, admitted, first: moments on the loop's clock; None before they happened.
+    """
+
+    id: int
+    ask: Ask
+    sink: Sink
+    limit: int
+    text: TextStream
+    sampler: Sampler
+    submitted: float
+    end_tokens: frozenset[int]
+    lookup: Lookup | None = None
+    tokens: array[int] = field(init=False)
+    seq: int = NOWHERE
+    computed: int = 0
+    answered: int = 0
+    sampled: int = 0
+    fresh: list[int] = field(default_factory=list)
+    unsent: list[str] = field(default_factory=list)
+    logprobs: list[Logprob] = field(default_factory=list)
+    loose: int = 0
+    cached: int | None = None
+    leader: Sequence | None = None
+    follow: int = 0
+    yielded: int = 0
+    passed: int = 0
+    ended: Finish | None = None
+    admitted: float | None = None
+    first: float | None = None
+
+    def __post_init__(self) -> None:
+        self.tokens = array("i", self.ask.prompt)
+
+    @property
+    def behind(self) -> int:
+        """Tokens known and not computed."""
+        return len(self.tokens) - self.computed
+
+    @property
+    def remaining(self) -> int:
+        """Answer tokens that may still come."""
+        return self.limit - self.answered
+
+    @property
+    def rows_from(self) -> int:
+        """The first position whose logits are wanted: the one before the first token that the sampler has not seen."""
+        return len(self.ask.prompt) + self.sampled - 1
+
+    def take(self, token: int) -> Finish | None:
+        """Add a token to the answer. Returns why it ends the answer, if it does. The sampler is the caller's
+        business."""
+        self.tokens.append(token)
+        self.fresh.append(token)
+        self.answered += 1
+        if token in self.end_tokens and (not self.ask.ignore_eos or self.ask.grammar is not None):
+            self._say(self.text.flush())
+            return Finish.STOP
+        self._say(self.text.push(token))
+        if self.text.stopped:
+            return Finish.STOP
+        if self.answered >= self.limit:
+            self._say(self.text.flush())
+            return Finish.LENGTH
+        return None
+
+    def replay(self) -> Finish | None:
+        """Take in `ask.replayed`, tokens of this answer that were generated elsewhere, without saying them again.
+
+        Returns why they end the answer, if they do. A sampler that needs logits gets its part when these positions are
+        computed."""
+        finish = None
+        for token in self.ask.replayed:
+            if not self.ask.sampling.needs_replayed_logits:
+                self.sampler.accept(token)
+                self.sampled += 1
+            finish = self.take(token)
+            if finish is not None:
+                break
+        self.fresh.clear()
+        self.unsent.clear()
+        return finish
+
+    def event(self) -> Text | None:
+        """What its reader has not heard yet, None when there is nothing. Tokens whose text is held back wait with
+        it."""
+        if not self.unsent and not self.logprobs:
+            return None
+        event = Text("".join(self.unsent), tuple(self.fresh), tuple(self.logprobs[: len(self.fresh)]))
+        self.unsent.clear()
+        self.fresh.clear()
+        self.logprobs.clear()
+        return event
+
+    def _say(self, text: str) -> None:
+        if text:
+            self.unsent.append(text)

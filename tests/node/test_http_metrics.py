@@ -1,0 +1,157 @@
+"""The metrics page: every figure of the engine is on it, and every name on it is documented."""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from pathlib import Path
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+
+from llmgate.core.fleet import Fleet, Listed
+from llmgate.metrics import Metrics as GateMetrics
+from llmgate.settings import Address
+from llmnode.engine.types import Done, Finish, Stats, Text, Timings
+from llmnode.metrics import HostProbe, Metrics, total
+from llmnode.wire.node import Load, Usage
+
+PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
+ROW = re.compile(r"^\| `(ll\w+)` \| (\w+) \|([^|]*)\| ([^|]+) \| ([^|]+) \|$", re.MULTILINE)
+
+
+class Clock:
+    """Seconds that pass when the test says so."""
+
+    def __init__(self) -> None:
+        self.now = 1000.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def distinct_stats() -> Stats:
+    """Every figure of the engine different from every other, and none of them nothing."""
+    number = iter(range(1001, 2000))
+    timings = Timings(**{field.name: next(number) for field in dataclasses.fields(Timings)})
+    load = Load(**{field.name: next(number) for field in dataclasses.fields(Load)})
+    rest = ("prefixes", "cells_idle", "host_prefixes", "host_bytes")
+    return Stats(load, timings, heartbeat=900.0, step_deadline=990.5, **{name: next(number) for name in rest})
+
+
+def exposed(text: bytes) -> dict[str, tuple[str, frozenset[str]]]:
+    """Name -> (type, labels) of a metrics page. `le` belongs to histograms and is no label of ours."""
+    found = {}
+    for family in text_string_to_metric_families(text.decode()):
+        name = family.name + ("_total" if family.type == "counter" else "")
+        if name.endswith("_created"):
+            continue
+        labels = frozenset(label for sample in family.samples for label in sample.labels) - {"le"}
+        found[name] = family.type, labels
+    return found
+
+
+def node_page(stats: Stats | None = None) -> bytes:
+    metrics = Metrics(lambda: stats, HostProbe(), Clock())
+    metrics.requests.labels("/v1/models", "200").inc()
+    metrics.request_seconds.labels("/v1/models").observe(1)
+    meter = metrics.meter()
+    for event in (Text("a", (1,)), Text("b", (2,)), Done(Finish.STOP, Usage(3, 1, 2), 0.1, 0.1, 0.1)):
+        meter.observe(0, event)
+    return metrics.text()
+
+
+def gate_page() -> bytes:
+    fleet = Fleet().apply(Listed((Address("a", "http://a"),)))
+    metrics = GateMetrics(lambda: fleet, lambda: 0.0, 3.0)
+    for metric in (metrics.requests, metrics.tokens, metrics.attempts, metrics.first_token, metrics.duration):
+        metric.labels(*["x"] * len(metric._labelnames))
+    return metrics.text()
+
+
+@pytest.mark.parametrize("program", ["llmnode", "llmgate"])
+def test_the_docs_name_every_metric_with_its_type_and_labels(program: str) -> None:
+    pages = {"llmnode": lambda: node_page(distinct_stats()), "llmgate": gate_page}
+    documented = {
+        name: (kind, frozenset(re.findall(r"`(\w+)`", labels)))
+        for name, kind, labels, _unit, _meaning in ROW.findall(PAGE.read_text())
+        if name.startswith(program)
+    }
+    assert documented == exposed(pages[program]())
+
+
+def test_every_row_of_the_page_is_read() -> None:
+    rows = [line for line in PAGE.read_text().splitlines() if line.startswith("| `")]
+    assert len(rows) == len(ROW.findall(PAGE.read_text()))
+
+
+def test_every_figure_of_the_engine_is_exposed() -> None:
+    stats = distinct_stats()
+    values = {sample.value for family in text_string_to_metric_families(node_page(stats).decode())
+              for sample in family.samples}  # fmt: skip
+    timings, load = dataclasses.asdict(stats.timings), dataclasses.asdict(stats.load)
+    timings["drafted"] = stats.timings.drafted - stats.timings.accepted  # by result: the two add up to it
+    others = {name: getattr(stats, name) for name in ("prefixes", "cells_idle", "host_prefixes", "host_bytes")}
+    missing = {name for name, value in {**timings, **load, **others}.items() if value not in values}
+    assert missing == set()
+    known = {"load", "timings", "heartbeat", "step_deadline", *others}
+    assert {field.name for field in dataclasses.fields(Stats)} == known, "a new figure: expose it, then name it here"
+
+
+def test_the_engine_that_hangs_is_seen_in_numbers() -> None:
+    page = node_page(distinct_stats()).decode()
+    assert "llmnode_engine_heartbeat_age_seconds 100.0" in page
+    assert "llmnode_engine_step_overdue_seconds 9.5" in page
+    idle = node_page(dataclasses.replace(distinct_stats(), step_deadline=None)).decode()
+    assert "llmnode_engine_step_overdue_seconds 0.0" in idle
+
+
+def test_a_node_without_an_engine_still_answers() -> None:
+    names = exposed(node_page(None))
+    assert "llmnode_requests_total" in names
+    assert "llmnode_slots" not in names
+
+
+def test_a_prompt_that_several_choices_share_is_counted_once() -> None:
+    metrics = Metrics(lambda: None, HostProbe(), Clock())
+    meter = metrics.meter(choices=2)
+    meter.observe(0, Text("a", (1,)))
+    meter.observe(0, Done(Finish.STOP, Usage(10, 4, 1), 0.0, 0.0, 0.0))
+    assert meter.usage is None
+    meter.observe(1, Done(Finish.STOP, Usage(10, 9, 7), 0.0, 0.0, 0.0))
+    assert meter.usage == Usage(10, 4, 8)
+    page = metrics.text().decode()
+    assert 'llmnode_tokens_total{kind="prompt"} 10.0' in page
+    assert 'llmnode_tokens_total{kind="cached"} 4.0' in page
+    assert 'llmnode_tokens_total{kind="completion"} 8.0' in page
+
+
+def test_times_between_tokens_are_those_of_one_choice() -> None:
+    clock = Clock()
+    metrics = Metrics(lambda: None, HostProbe(clock=clock), clock)
+    meter = metrics.meter(choices=2)
+    for choice, after in ((0, 1.0), (1, 1.0), (0, 1.0), (1, 1.0)):
+        clock.now += after
+        meter.observe(choice, Text("a", (1,)))
+    page = metrics.text().decode()
+    assert "llmnode_inter_token_seconds_count 2.0" in page
+    assert "llmnode_inter_token_seconds_sum 4.0" in page
+    assert "llmnode_time_to_first_token_seconds_count 1.0" in page
+    assert meter.first_token_s == 1.0
+
+
+def test_several_tokens_at_once_share_the_time_they_took() -> None:
+    clock = Clock()
+    metrics = Metrics(lambda: None, HostProbe(clock=clock), clock)
+    meter = metrics.meter()
+    meter.observe(0, Text("a", (1,)))
+    clock.now += 3.0
+    meter.observe(0, Text("bcd", (2, 3, 4)))
+    page = metrics.text().decode()
+    assert "llmnode_inter_token_seconds_count 3.0" in page
+    assert "llmnode_inter_token_seconds_sum 3.0" in page
+
+
+def test_a_request_costs_its_prompt_once() -> None:
+    assert total([Usage(5, 2, 3)]) == Usage(5, 2, 3)
+    assert total([Usage(5, 0, 3), Usage(5, 4, 4), Usage(5, 4, 5)]) == Usage(5, 0, 12)
