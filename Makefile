@@ -11,7 +11,7 @@ LAB    := $(BIN)/python tests/lab/lab.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model model-exam demo test test-fast lint format docs lock bench-node lab-up lab-deploy lab-down clean
+.PHONY: help setup model model-exam demo test test-fast lint format docs lock bench-node soak lab-up lab-deploy lab-down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -46,8 +46,11 @@ docs: $(STAMPS)/run ## write docs/settings.md from the tables of settings
 lock: ## resolve the dependencies anew (needs uv)
 	@$(PYTHON) $(LOCKS)/lock.py
 
-bench-node: $(STAMPS)/all ## tokens/s beside llama-server, built from the pinned source; writes out/bench-node.json
+bench-node: $(STAMPS)/all ## llmnode beside its rivals, built from the pinned source; writes out/bench-node.json
 	@$(BIN)/python -m tests.bench.node $(BENCH)
+
+soak: $(STAMPS)/all ## 2,000 mixed requests against one node, and what they leave behind: nothing
+	@$(BIN)/python -m tests.soak.soak $(SOAK)
 
 model: ## train the handbook model from scratch (PyTorch, in a virtual environment of its own), then examine it
 	@test -x .venv-train/bin/python || $(PYTHON) -m venv .venv-train

@@ -17,6 +17,7 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
 from string import ascii_letters, digits
@@ -60,8 +61,8 @@ QUIET_PATHS = OPEN_PATHS | {"/node"}
 FAKE_CONTEXT = 4096
 FAKE_SPARE_ROWS = 16
 _MOST_HOST_CACHE = 8 << 30
-_GATHER_S = 0.005
-"""Tokens of steps shorter than this go to their readers together; nobody reads 200 pieces a second."""
+_GATHER_S = 0.02
+"""Tokens of steps shorter than this go to their readers together; nobody reads more than 50 pieces a second."""
 _REQUEST_ID_CHARACTERS = frozenset(ascii_letters + digits + "._-")
 _STATUS_EVERY_S = 5.0
 _LOAD_EXTENSION_S = 120.0
@@ -118,14 +119,32 @@ def load_backend(settings: Settings, progress: Callable[[float], None]) -> Backe
     return llama.load(_llama_options(settings, settings.model), progress)
 
 
-def plan(settings: Settings) -> tuple[ModelInfo, Room]:
-    """What `load_backend` would load, found out without loading it. Raises ModelLoadError."""
+@dataclass(frozen=True)
+class Planned:
+    """What `load_backend` would make of the settings. memory: the arithmetic, line by line; fits: what it comes to."""
+
+    info: ModelInfo
+    room: Room
+    chosen: str
+    memory: tuple[str, ...]
+    fits: bool
+
+
+def plan(settings: Settings) -> Planned:
+    """What `load_backend` would load, found out without reading weights. Raises ModelLoadError."""
     if settings.backend == "fake" or settings.model is None:
         backend = load_backend(settings, lambda done: None)
-        return backend.info, backend.room
+        return Planned(backend.info, backend.room, "a fake model, which computes nothing", (), True)
     from llmnode.engine import llama
 
-    return llama.plan(_llama_options(settings, settings.model))
+    found = llama.estimate(_llama_options(settings, settings.model))
+    chosen = found.chosen
+    text = (
+        f"{', '.join(chosen.devices)}, {chosen.threads} threads ({chosen.threads_batch} for prompts), "
+        f"flash attention {'on' if chosen.flash_attention else 'off'}, "
+        f"keys {chosen.cache_type_k}, values {chosen.cache_type_v}"
+    )
+    return Planned(found.info, found.room, text, tuple(found.fit.lines()), found.fit.fits)
 
 
 class NodeApp(Sanic[Config, SimpleNamespace]):
@@ -300,7 +319,9 @@ class Life:
             log.exception("loading failed")
             _call(loop, self._fail, Exit.MODEL, f"loading failed: {error}")
         else:
-            _call(loop, self._loaded, Served(engine, backend, template, bos))
+            served = Served(engine, backend, template, bos)
+            served.grammars.prepare()  # up to a second for a large vocabulary, during which nothing else can run
+            _call(loop, self._loaded, served)
 
     def _loaded(self, served: Served) -> None:
         self._serving.ready(served)

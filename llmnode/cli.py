@@ -51,31 +51,29 @@ def _settings(asked: argparse.Namespace) -> int:
 def _check(settings: Settings, template: str | None) -> int:
     """Say what would be served, and what memory it takes, without reading weights."""
     try:
-        info, room = app.plan(settings)
+        planned = app.plan(settings)
+        info, room = planned.info, planned.room
         chat = ChatTemplate(info.chat_template if template is None else template, bos=info.bos, eos=info.eos)
     except (ModelLoadError, TemplateError) as error:
         return _complain(error, app.Exit.MODEL)
     origin = "none in the file, so ChatML" if chat.is_default else "the model's own"
-    cache = room.kv_cells * info.cell_bytes
     lines = {
         "model": f"{settings.served_id} ({info.name}, {info.architecture})",
         "listens on": f"{settings.host} port {settings.port}",
         "fleet token": str(settings.fleet_token_file or "not needed on loopback"),
         "chat template": str(settings.chat_template_file or origin),
         "slots": f"{room.slots}, each with {room.n_ctx} tokens at most (trained for {info.n_ctx_train})",
-        "weights": f"{_mebibytes(info.size_bytes)}: the file's size",
-        "cache": f"{_mebibytes(cache)}: {room.kv_cells} cells of {info.cell_bytes} bytes"
-        if cache
-        else f"{room.kv_cells} cells of unknown size",
-        "together": f"{_mebibytes(info.size_bytes + cache)}, and what llama.cpp needs to compute",
+        "cache": f"{room.kv_cells} cells, for {room.sequences} sequences",
+        "runs on": planned.chosen,
+        "prompt cache": f"{app.limits(settings).host_bytes / 2**20:,.1f} MiB of host RAM at most, beside what follows",
     }
     for name, value in lines.items():
         print(f"{name + ':':<15} {value}")
+    for line in planned.memory:
+        print(line)
+    if not planned.fits and settings.fit_check:
+        return _complain("the model does not fit the memory; fit_check = false loads it all the same", app.Exit.MODEL)
     return app.Exit.OK
-
-
-def _mebibytes(size: int) -> str:
-    return f"{size / 2**20:,.1f} MiB"
 
 
 def _serve(loaded: Loaded[Settings], token: FleetToken | None, template: str | None) -> int:

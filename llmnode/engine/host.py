@@ -50,6 +50,14 @@ class HostCache:
         """Entries, the one used last first."""
         return reversed(list(self._entries))
 
+    def has(self, tokens: array[int], length: int) -> bool:
+        """Whether an entry holds all of these tokens; it counts as used now."""
+        same = self._index.match(tokens, length)
+        longer = next(same.sharing(), None) if same.length == length else None
+        if longer is not None:
+            self.touch(longer)
+        return longer is not None
+
     def put(self, tokens: array[int], length: int, saved: Saved, *, extends: bool = True) -> bool:
         """Keep a sequence, at the price of those unused for longest. False when it alone is over the budget.
 
@@ -59,10 +67,6 @@ class HostCache:
         if not saved or entry.size > self.budget:
             return False
         same = self._index.match(tokens, length)
-        longer = next(same.sharing(), None) if extends and same.length == length else None
-        if longer is not None:
-            self.touch(longer)
-            return True
         for held, old in list(same.ending()):
             if extends or held == length:
                 self.remove(old)

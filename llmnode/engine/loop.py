@@ -84,7 +84,7 @@ class Limits:
     """
 
     queue_limit: int = 64
-    stall_s: float = 0.25
+    stall_s: float = 0.15
     host_bytes: int = 256 << 20
     prompt_lookup: bool = True
     gather_s: float = 0.0

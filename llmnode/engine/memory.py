@@ -424,6 +424,8 @@ class Memory:
         return 2 * self._copy_seconds(idle.length, idle.loose) < _CHANCE * self.compute_s * idle.length
 
     def _save(self, seq: int, tokens: array[int], length: int, loose: int) -> bool:
+        if self._divisible and self.host.has(tokens, length):
+            return True
         if self._size(length) > self.host.budget:
             return False
         began = self._clock()

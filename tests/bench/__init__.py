@@ -1,1 +1,1 @@
-"""Benchmarks: each measures llmrack beside its rivals in one run. `make bench-*` runs them; no test depends on them."""
+"""Benchmarks: each measures llmrack beside its rivals in one run, by `make bench-*`. Tests hold the arithmetic only."""

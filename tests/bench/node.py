@@ -1,199 +1,185 @@
-"""`make bench-node`: llmnode beside llama.cpp's own llama-server, same GGUF, same threads, in one run.
+"""`make bench-node`: llmnode beside its rivals, same GGUF, same threads, in one run.
 
-Both servers run at once, and only one is asked at a time. Each pair asks both the same fresh prompts, so that neither
-gains from a cache; pairs alternate who goes first, and the ratio is taken pair by pair, so that it holds while the
-machine's speed drifts. Prints a table and writes out/bench-node.json.
+Both sides of a row are up at once and only one is asked at a time. Each pair asks both the same fresh prompts, so that
+neither gains from a cache that the other lacks; pairs alternate who goes first, and the ratio is taken pair by pair, so
+that it holds while the machine's speed drifts. A pair during which something else used the processor is measured again.
+Prints the table of docs/benchmarks.md and writes out/bench-node.json, which holds every single run.
 """
 
 from __future__ import annotations
 
 import argparse
 import asyncio
-import dataclasses
+import fcntl
 import json
 import os
 import platform
-import statistics
-import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-import httpx
 import psutil
 
 from tests import tiny_model
-from tests.bench.load import Figures, closed_loop, prompts
-from tests.bench.rival import llama_server
-from tests.processes import free_port
+from tests.bench import lookup, servers
+from tests.bench.load import Client, Words
+from tests.bench.report import Result, Run, in_order, table
+from tests.bench.rows import PEAK, ROWS, Row
+from tests.bench.scenarios import Figures, Scenario, Throughput
+from tests.bench.servers import OURS, RIVALS, Server
 
-OURS, RIVAL = "llmnode", "llama-server"
-SLOTS, CONTEXT = 8, 1024
+DOCS = tiny_model.ROOT / "docs" / "benchmarks.md"
+BEGIN, END = "<!-- bench-node: begin -->", "<!-- bench-node: end -->"
+SETTLE_S = 0.5
+"""Between two turns: threads that computed spin for a while before they sleep, and a server tidies up."""
 
-
-@dataclasses.dataclass(frozen=True)
-class Scenario:
-    """`requests` prompts of about `words` words, each answered with `max_tokens` tokens, `concurrency` at a time."""
-
-    name: str
-    concurrency: int
-    requests: int
-    words: int
-    max_tokens: int
+Turn = Callable[[str, int], Run]
+"""(side, seed) -> what that side did."""
 
 
-SCENARIOS = [
-    Scenario("throughput, concurrency 1", 1, 6, 30, 128),
-    Scenario("throughput, concurrency 8", 8, 32, 30, 128),
-]
+class Meter:
+    """Who used the processor while the `with` block lasted: `others` is what no process of ours did, in cores."""
+
+    def __init__(self, ours: Callable[[], float]) -> None:
+        self._ours = ours
+
+    def __enter__(self) -> Meter:
+        self._at, self._busy, self._own = time.monotonic(), _busy_s(), self._ours()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.took = time.monotonic() - self._at
+        self.others = max(0.0, (_busy_s() - self._busy - self._ours() + self._own) / self.took)
 
 
-class Server:
-    """A rival's process, ended when the `with` block ends."""
-
-    def __init__(self, name: str, command: list[str], port: int, folder: Path, ready: str) -> None:
-        self.name, self.url, self.log = name, f"http://127.0.0.1:{port}", folder / f"{name}.log"
-        self._command, self._ready = command, ready
-
-    def __enter__(self) -> Server:
-        with self.log.open("wb") as out:
-            self.process = subprocess.Popen(self._command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
-        end = time.monotonic() + 300
-        while True:
-            if self.process.poll() is not None or time.monotonic() > end:
-                raise SystemExit(f"bench: {self.name} did not start:\n{self.log.read_text(errors='replace')[-3000:]}")
-            try:
-                if httpx.get(self.url + self._ready, timeout=5).status_code == 200:
-                    return self
-            except httpx.HTTPError:
-                pass
-            time.sleep(0.1)
-
-    def __exit__(self, failed: object, *_: object) -> None:
-        if failed or self.process.poll() is not None:
-            tail = self.log.read_text(errors="replace")[-2000:]
-            print(f"bench: {self.name}, code {self.process.poll()}, {self.url}, last words:\n{tail}", file=sys.stderr)
-        self.process.terminate()
-        try:
-            self.process.wait(15)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
-
-    def peak_mib(self) -> float:
-        """Most memory it ever held, in MiB (VmHWM of Linux's /proc)."""
-        for line in Path(f"/proc/{self.process.pid}/status").read_text().splitlines():
-            if line.startswith("VmHWM:"):
-                return int(line.split()[1]) / 1024
-        return 0.0
+def _busy_s() -> float:
+    """Seconds of processor time that the machine has spent, or lost to other machines on its host (steal)."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq + times.steal)
 
 
-def servers(model: Path, threads: int, folder: Path) -> tuple[Server, Server]:
-    ours, rival = free_port(), free_port()
-    return (
-        Server(
-            OURS,
-            [
-                sys.executable, "-m", "llmnode", "serve", "--port", str(ours), "--model", str(model), "--threads",
-                str(threads), "--model-id",
-                "bench",
-                "--slots", str(SLOTS), "--n-ctx", str(CONTEXT),
-            ],
-            ours,
-            folder,
-            "/ready",
-        ),
-        Server(
-            RIVAL,
-            [
-                str(llama_server()), "--host", "127.0.0.1", "--port", str(rival), "--model", str(model), "--threads",
-                str(threads), "--threads-batch", str(threads), "--parallel", str(SLOTS), "--ctx-size",
-                str(SLOTS * CONTEXT), "--n-gpu-layers", "0",
-            ],
-            rival,
-            folder,
-            "/health",
-        ),
-    )  # fmt: skip
-
-
-def run(size: str, pairs: int, threads: int) -> dict[str, object]:
+@contextmanager
+def beside_a_server(row: Row, size: str, threads: int) -> Iterator[tuple[Turn, list[list[str]]]]:
+    """Start both servers of a row. Yields how to give a side its turn, and both command lines."""
     model = tiny_model.make(size)
-    rows: list[dict[str, object]] = []
+    words, scenario = Words(model), row.scenarios[size]
     with tempfile.TemporaryDirectory() as folder:
-        ours, rival = servers(model, threads, Path(folder))
+        ours = servers.llmnode(model, row.room, threads, Path(folder), row.ours)
+        rival = RIVALS[row.rival](model, row.room, threads, Path(folder), row.theirs)
         with ours, rival:
+
+            def turn(side: str, seed: int) -> Run:
+                asked, idle = (ours, rival) if side == OURS else (rival, ours)
+                time.sleep(SETTLE_S)
+                before, profile = idle.cpu_s(), asked.engine_seconds()
+                with Meter(lambda: time.process_time() + ours.cpu_s() + rival.cpu_s()) as meter:
+                    figures = asyncio.run(_ask(asked, scenario, words, seed))
+                used = (idle.cpu_s() - before) / meter.took
+                parts = {f"engine, {part}": s - profile[part] for part, s in asked.engine_seconds().items()}
+                return Run({**figures, **parts, PEAK: asked.peak_mib(), "seconds": meter.took}, meter.others, used)
+
             for server in (ours, rival):
-                asyncio.run(closed_loop(server.url, prompts(8, 30, 0), concurrency=8, max_tokens=32))
-            for scenario in SCENARIOS:
-                rows.append(_measure(scenario, ours, rival, pairs))
-            peak = {OURS: ours.peak_mib(), RIVAL: rival.peak_mib()}
+                asyncio.run(_ask(server, Throughput(4, 4, 32, 16), words, 0))
+            yield turn, [ours.command, rival.command]
+
+
+async def _ask(server: Server, scenario: Scenario, words: Words, seed: int) -> Figures:
+    async with Client(server.url) as client:
+        return await scenario(client, words, seed)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Wait until no other benchmark runs on this machine: two at once measure each other."""
+    path = tiny_model.cache() / "bench.lock"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            _say("another benchmark runs on this machine: waiting for its end")
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+
+
+@contextmanager
+def in_this_process(row: Row, size: str, threads: int) -> Iterator[tuple[Turn, list[list[str]]]]:
+    """Both sides are our engine, with prompt lookup and without."""
+    with lookup.sides(tiny_model.make(size), row.room, threads) as ask:
+
+        def turn(side: str, seed: int) -> Run:
+            time.sleep(SETTLE_S)
+            with Meter(time.process_time) as meter:
+                figures = ask(side == OURS, seed)
+            return Run({**figures, "seconds": meter.took}, meter.others)
+
+        yield turn, []
+
+
+def measure(row: Row, size: str, threads: int, pairs: int, spare: int) -> Result:
+    """Run one row. `spare`: how many disturbed pairs may be measured again before such a pair is taken as it is."""
+    contest = in_this_process if row.in_process else beside_a_server
+    result = Result(row, size)
+    with contest(row, size, threads) as (turn, commands):
+        result.commands = commands
+        seed = 1
+        while len(result.pairs) < pairs:
+            order = (OURS, row.rival) if len(result.pairs) % 2 == 0 else (row.rival, OURS)
+            runs = {side: turn(side, seed) for side in order}
+            seed += 1
+            pair = (runs[OURS], runs[row.rival])
+            disturbed = max(run.others for run in pair)
+            again = spare > 0 and any(run.disturbed for run in pair)
+            _say(f"{row.name} {size}, pair {len(result.pairs) + 1} of {pairs}: {_glance(row, pair)}")
+            if again:
+                spare -= 1
+                _say(f"other programs used {disturbed:.2f} cores meanwhile: once more")
+                continue
+            result.pairs.append(pair)
+    return result
+
+
+def _glance(row: Row, pair: tuple[Run, Run]) -> str:
+    figures = (f"{name} {pair[0].figures[name]:.4g} : {pair[1].figures[name]:.4g}" for name in row.figures)
+    seconds = " + ".join(f"{run.figures['seconds']:.1f}" for run in pair)
+    return f"{', '.join(figures)}; {seconds} s; others {max(run.others for run in pair):.2f} cores"
+
+
+def _say(text: str) -> None:
+    print(f"bench: {text}", file=sys.stderr, flush=True)
+
+
+def remarks(results: list[Result]) -> list[str]:
+    """What a reader of the table must know beside it."""
+    runs = [(result, run) for result in results for pair in result.pairs for run in pair]
+    out = [f"An idle server used {max((run.idle for _, run in runs), default=0):.3f} cores at most."]
+    disturbed = sorted({f"{result.row.name} ({result.size})" for result, run in runs if run.disturbed})
+    if disturbed:
+        out.append(f"Measured while other programs ran, and not to be trusted: {', '.join(disturbed)}.")
+    return out
+
+
+def write_docs(text: str) -> None:
+    """Put the table in its place in docs/benchmarks.md."""
+    page = DOCS.read_text()
+    head, _, rest = page.partition(BEGIN)
+    _, mark, tail = rest.partition(END)
+    if not mark:
+        raise SystemExit(f"bench: {DOCS} has no place for the table: {BEGIN} ... {END}")
+    DOCS.write_text(f"{head}{BEGIN}\n{text}\n{END}{tail}")
+
+
+def machine() -> dict[str, object]:
     return {
-        "model": model.name,
-        "parameters": size,
-        "machine": {
-            "cpus": os.cpu_count(),
-            "processor": _processor(),
-            "memory_gib": psutil.virtual_memory().total >> 30,
-        },
-        "threads": threads,
-        "pairs": pairs,
-        "rows": rows,
-        "peak_memory_mib": peak,
+        "cpus": os.cpu_count(),
+        "processor": _processor(),
+        "memory_gib": round(psutil.virtual_memory().total / (1 << 30)),
+        "system": platform.platform(),
+        "python": platform.python_version(),
     }
-
-
-def _measure(scenario: Scenario, ours: Server, rival: Server, pairs: int) -> dict[str, object]:
-    got: dict[str, list[Figures]] = {OURS: [], RIVAL: []}
-    for pair in range(pairs):
-        asks = prompts(scenario.requests, scenario.words, 1000 * scenario.concurrency + pair)
-        for server in (ours, rival) if pair % 2 == 0 else (rival, ours):
-            figures = asyncio.run(
-                closed_loop(
-                    server.url, asks, concurrency=scenario.concurrency, max_tokens=scenario.max_tokens
-                )
-            )  # fmt: skip
-            got[server.name].append(figures)
-        print(f"{scenario.name}, pair {pair + 1} of {pairs}: {_pair(got, -1)}", file=sys.stderr, flush=True)
-    speed = [a.tokens_per_s / b.tokens_per_s for a, b in zip(got[OURS], got[RIVAL], strict=True)]
-    first = [a.first_token_p50_s / b.first_token_p50_s for a, b in zip(got[OURS], got[RIVAL], strict=True)]
-    return {
-        "scenario": dataclasses.asdict(scenario),
-        OURS: statistics.median(f.tokens_per_s for f in got[OURS]),
-        RIVAL: statistics.median(f.tokens_per_s for f in got[RIVAL]),
-        "throughput_ratio": statistics.median(speed),
-        "throughput_ratio_min": min(speed),
-        "throughput_ratio_max": max(speed),
-        "first_token_ratio": statistics.median(first),
-        "runs": {name: [dataclasses.asdict(f) for f in figures] for name, figures in got.items()},
-    }
-
-
-def _pair(got: dict[str, list[Figures]], index: int) -> str:
-    return ", ".join(f"{name} {figures[index].tokens_per_s:.0f} tokens/s" for name, figures in got.items())
-
-
-def table(result: dict[str, object]) -> str:
-    """The result in Markdown, as docs/benchmarks.md shows it."""
-    lines = [
-        f"| scenario | {OURS}, tokens/s | {RIVAL}, tokens/s | throughput ratio, median (min to max) "
-        "| time to first token, ratio |",
-        "|---|---|---|---|---|",
-    ]
-    rows = result["rows"]
-    assert isinstance(rows, list)
-    for row in rows:
-        lines.append(
-            f"| {row['scenario']['name']} | {row[OURS]:.0f} | {row[RIVAL]:.0f} | {row['throughput_ratio']:.2f} "
-            f"({row['throughput_ratio_min']:.2f} to {row['throughput_ratio_max']:.2f}) "
-            f"| {row['first_token_ratio']:.2f} |"
-        )
-    peak = result["peak_memory_mib"]
-    assert isinstance(peak, dict)
-    lines.append("")
-    lines.append(f"Peak memory: {OURS} {peak[OURS]:.0f} MiB, {RIVAL} {peak[RIVAL]:.0f} MiB.")
-    return "\n".join(lines)
 
 
 def _processor() -> str:
@@ -203,19 +189,76 @@ def _processor() -> str:
     return platform.machine()
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description="llmnode beside llama-server, in one run")
-    parser.add_argument("--size", choices=sorted(tiny_model.SHAPES), default="15m")
-    parser.add_argument("--pairs", type=int, default=5)
+def choose(names: str, size: str) -> list[tuple[Row, str]]:
+    """The rows to run: those named, or all; at the size asked for, or at each row's standard ones."""
+    known = {row.name: row for row in ROWS}
+    wanted = [name.strip() for name in names.split(",") if name.strip()] or list(known)
+    unknown = [name for name in wanted if name not in known]
+    if unknown:
+        raise SystemExit(f"bench: there is no row {unknown[0]!r}; rows: {', '.join(known)}")
+    # A size that is asked for with no row named means: of the rows that run at it by default.
+    return [
+        (known[name], at)
+        for name in wanted
+        for at in ([size] if size else known[name].standard)
+        if (at in known[name].standard or names) and (known[name].in_process or at in known[name].scenarios)
+    ]
+
+
+def arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description="llmnode beside its rivals, in one run")
+    parser.add_argument(
+        "--rows", default="", help=f"rows to run, with commas between: {', '.join(r.name for r in ROWS)}"
+    )
+    parser.add_argument("--size", choices=sorted(tiny_model.SHAPES), default="", help="one size of model only")
+    parser.add_argument("--pairs", type=int, default=5, help="pairs of each row (default: 5)")
+    parser.add_argument("--quick", action="store_true", help="one pair, and none again for other programs' sake")
     parser.add_argument("--threads", type=int, default=psutil.cpu_count(logical=False) or 1)
     parser.add_argument("--out", type=Path, default=tiny_model.ROOT / "out" / "bench-node.json")
-    options = parser.parse_args()
-    result = run(options.size, options.pairs, options.threads)
-    options.out.parent.mkdir(parents=True, exist_ok=True)
-    options.out.write_text(json.dumps(result, indent=2) + "\n")
-    print(table(result))
-    print(f"\n{options.pairs} pairs, {options.threads} threads, model {result['model']}; all figures in {options.out}")
+    parser.add_argument("--merge", action="store_true", help="keep what the file has of rows that do not run now")
+    parser.add_argument("--table", action="store_true", help="run nothing: print the table of what the file has")
+    parser.add_argument("--write-docs", action="store_true", help=f"put the table into docs/{DOCS.name}")
+    return parser.parse_args()
+
+
+def main() -> None:
+    options = arguments()
+    servers.end_cleanly()
+    pairs = 1 if options.quick else options.pairs
+    chosen = [] if options.table else choose(options.rows, options.size)
+    kept: list[Result] = []
+    failed: list[str] = []
+    if (options.merge or options.table) and options.out.exists():
+        kept = [Result.parse(body) for body in json.loads(options.out.read_text())["rows"]]
+    began = time.monotonic()
+    for row, size in chosen:
+        try:
+            with alone():
+                result = measure(row, size, options.threads, pairs, spare=0 if options.quick else 2 * pairs)
+        except RuntimeError as error:  # one side gave no whole answer: the other rows still say something
+            failed.append(f"{row.name} ({size}): {error}")
+            _say(f"row failed: {failed[-1]}")
+            continue
+        kept = [*(old for old in kept if (old.row.name, old.size) != (row.name, size)), result]
+        _write(options.out, kept, options.threads)  # after each row: a long run that is stopped keeps what it has
+    text = "\n".join([table(kept), "", *remarks(kept)])
+    print(text)
+    if chosen:
+        _say(f"{time.monotonic() - began:.0f} s, {options.threads} threads; every run is in {options.out}")
+    if options.write_docs:
+        write_docs(text)
+    if failed:
+        sys.exit("\n".join(["bench: rows without a figure:", *failed]))
+
+
+def _write(path: Path, results: list[Result], threads: int) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    body = {"machine": machine(), "threads": threads, "rows": [result.json() for result in in_order(results)]}
+    path.write_text(json.dumps(body, indent=1) + "\n")
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit("\nbench: stopped; rows that were finished are in the file")

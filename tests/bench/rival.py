@@ -1,10 +1,14 @@
-"""Builds the rival: llama.cpp's own llama-server, from the source inside the pinned llama-cpp-python archive.
+"""Builds the rivals from the pinned llama-cpp-python: same llama.cpp on every side, so that only the servers differ.
 
-Compiled once per machine for its own processor (GGML_NATIVE), which is the fastest build there is of it, and kept in
-the cache. Needs cmake and a compiler.
-
+llama-server is llama.cpp's own C++ server, from the source inside the archive. Compiled once per machine for its own
+processor (GGML_NATIVE), which is the fastest build there is of it, and kept in the cache. Needs cmake and a compiler.
 But for AMX: GCC 12 drops most of the tile configuration that llama.cpp writes, and every batch then ends the process
 (llmnode leaves its AMX plug-in out for the same reason, see engine/llama.py), so both sides run without.
+
+llama_cpp.server is the package's own Python server: the wheel that llmnode runs on, in a virtual environment of its own
+with what the server needs beside it (python_server.txt, exact versions).
+
+    python -m tests.bench.rival     builds both and prints their paths
 """
 
 from __future__ import annotations
@@ -27,15 +31,12 @@ FLAGS = [
     "-DLLAMA_USE_PREBUILT_UI=OFF", "-DLLAMA_OPENSSL=OFF", "-DLLAMA_BUILD_TESTS=OFF", "-DLLAMA_BUILD_APP=OFF",
     f"-DCMAKE_C_FLAGS={NO_AMX}", f"-DCMAKE_CXX_FLAGS={NO_AMX}",
 ]  # fmt: skip
+REQUIREMENTS = Path(__file__).with_name("python_server.txt")
 
 
 def llama_server() -> Path:
-    """Path of the llama-server program, compiled on the first call."""
-    sdist = Path(
-        subprocess.run(
-            [sys.executable, str(WHEELHOUSE), "sdist"], check=True, stdout=subprocess.PIPE, text=True
-        ).stdout.strip()
-    )
+    """Path of the llama-server program, compiled on the first call. Raises SystemExit when that fails."""
+    sdist = _wheelhouse("sdist")
     digest = hashlib.sha256(" ".join(FLAGS).encode()).hexdigest()[:8]
     program = cache() / "rivals" / f"{sdist.name.removesuffix('.tar.gz')}-{digest}" / "llama-server"
     if program.exists():
@@ -49,17 +50,46 @@ def llama_server() -> Path:
             archive.extractall(temporary, filter="data")
         source = next(Path(temporary).glob("*/vendor/llama.cpp"))
         build = Path(temporary) / "build"
-        subprocess.run(
-            ["cmake", "-S", str(source), "-B", str(build), *FLAGS], check=True, stdout=subprocess.DEVNULL
-        )  # fmt: skip
-        subprocess.run(
-            ["cmake", "--build", str(build), "--target", "llama-server", "--parallel", str(os.cpu_count() or 1)],
-            check=True,
-            stdout=subprocess.DEVNULL,
-        )
+        log = program.with_name("build.log")
+        _run(["cmake", "-S", str(source), "-B", str(build), *FLAGS], log)
+        _run(["cmake", "--build", str(build), "--target", "llama-server", "--parallel", str(os.cpu_count() or 1)], log)
         (build / "bin" / "llama-server").replace(program)
     return program
 
 
+def python_server() -> Path:
+    """Path of a Python with `llama_cpp.server` in it, set up on the first call. Raises SystemExit when that fails."""
+    wheel = _wheelhouse("llama")
+    digest = hashlib.sha256(f"{wheel.parent.name} {REQUIREMENTS.read_text()}".encode()).hexdigest()[:8]
+    folder = cache() / "rivals" / f"llama_cpp_server-{platform.python_version()}-{digest}"
+    python = folder / "bin" / "python"
+    ready = folder / "ready"
+    if not ready.exists():
+        print("bench: setting up llama_cpp.server in a virtual environment of its own", file=sys.stderr, flush=True)
+        log = folder.with_suffix(".log")
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        _run([sys.executable, "-m", "venv", "--clear", str(folder)], log)
+        pip = [str(python), "-m", "pip", "--disable-pip-version-check", "install", "--quiet", "--no-deps"]
+        _run([*pip, "--requirement", str(REQUIREMENTS)], log)
+        _run([*pip, str(wheel)], log)
+        ready.touch()
+    return python
+
+
+def _wheelhouse(what: str) -> Path:
+    found = subprocess.run([sys.executable, str(WHEELHOUSE), what], check=True, stdout=subprocess.PIPE, text=True)
+    return Path(found.stdout.strip())
+
+
+def _run(command: list[str], log: Path) -> None:
+    """Run a command, its thousands of lines of warnings in a file. Raises SystemExit with the end of it."""
+    with log.open("ab") as out:
+        code = subprocess.run(command, stdout=out, stderr=out, stdin=subprocess.DEVNULL).returncode
+    if code != 0:
+        tail = log.read_text(errors="replace")[-2000:]
+        raise SystemExit(f"bench: {command[0]} ended with code {code}; all of it in {log}:\n{tail}")
+
+
 if __name__ == "__main__":
     print(llama_server())
+    print(python_server())

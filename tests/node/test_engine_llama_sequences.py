@@ -7,8 +7,7 @@ little (they depend on the shape of a batch); a wrong state is off by several st
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
-from typing import Any, cast
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,9 +15,6 @@ import pytest
 from llmnode.engine import llama
 from llmnode.engine.backend import BAD_BATCH, NO_ROOM, OK, Chunk, ModelLoadError
 from llmnode.engine.llama import LlamaBackend, LlamaOptions
-from llmnode.engine.llama.model import Model
-from llmnode.engine.llama.native import Found
-from llmnode.engine.llama.parameters import flash_attention
 from llmnode.settings import HANDBOOK
 from tests import tiny_model as recipe
 
@@ -323,25 +319,11 @@ def test_a_setting_that_cannot_be_is_refused_by_name(options: dict[str, Any], co
         load("tiny", **options)
 
 
-@pytest.mark.parametrize(
-    "size, flash", [(16, "off"), (32, "off"), (48, "off"), (64, "auto"), (72, "auto"), (128, "auto")]
-)
-def test_flash_attention_is_left_off_where_the_cpu_is_slow_at_it(size: int, flash: str) -> None:
-    model = cast(Model, SimpleNamespace(head_sizes=lambda: (size, size)))
-    gpu = cast(Found, SimpleNamespace())
-    assert flash_attention(LlamaOptions(HANDBOOK), model, ()) == flash
-    assert flash_attention(LlamaOptions(HANDBOOK), model, (gpu,)) == "auto"
-    assert flash_attention(LlamaOptions(HANDBOOK, flash_attn="on"), model, ()) == "on"
-    assert flash_attention(LlamaOptions(HANDBOOK, cache_type_v="q8_0"), model, ()) == "auto"
-
-
 def test_flash_attention_is_what_was_chosen() -> None:
-    small = load("tiny")
-    assert not small.chosen.flash_attention
-    small.close()
-    asked = load("tiny", flash_attn="on")
-    assert asked.chosen.flash_attention
-    asked.close()
+    for asked, became in (("off", False), ("on", True), ("auto", True)):
+        backend = load("tiny", flash_attn=asked)
+        assert backend.chosen.flash_attention is became
+        backend.close()
     quantised = llama.load(LlamaOptions(HANDBOOK, cache_type_v="q8_0", n_ctx=512))
     assert quantised.chosen.flash_attention, "what needs it gets it"
     quantised.close()

@@ -57,9 +57,13 @@ def test_a_long_prompt_does_not_hold_back_a_short_one() -> None:
     assert sizes(scheduler.plan(WIDE)) == {1: 492, 2: 20}
 
 
-def test_prompts_share_the_batch_evenly_and_leave_no_room_unused() -> None:
-    members = [sequence(1, 4000, seq=1), sequence(2, 4000, seq=2), sequence(3, 100, seq=3)]
-    assert sizes(scheduler_with(*members).plan(WIDE)) == {1: 206, 2: 206, 3: 100}
+def test_the_shortest_prompt_comes_first_and_the_oldest_keeps_a_quarter() -> None:
+    members = [sequence(1, 4000, seq=1), sequence(2, 3000, seq=2), sequence(3, 100, seq=3)]
+    assert sizes(scheduler_with(*members).plan(WIDE)) == {1: 128, 2: 284, 3: 100}
+
+
+def test_of_two_long_prompts_the_first_is_done_before_the_second_begins() -> None:
+    assert sizes(scheduler_with(sequence(1, 4000, seq=1), sequence(2, 4000, seq=2)).plan(WIDE)) == {1: 512}
 
 
 def test_running_answers_come_first_and_prompts_keep_to_their_limit_beside_them() -> None:

@@ -28,7 +28,6 @@ DEFAULT_CONTEXT = 4096
 SPARE_ROWS = 16
 """Rows of logits beyond one a slot, for tokens that are guessed and verified in one step."""
 _IDLE_ROWS_BYTES = 32 * 2**20
-_LEFT_OVER = 16
 
 
 @dataclass(frozen=True)
@@ -48,7 +47,7 @@ def open_context(model: Model, options: LlamaOptions, devices: Sequence[Found]) 
     if not api.llama_model_has_decoder(model.pointer):
         raise ModelLoadError(f"{model.path}: is a model that cannot generate text")
     room = plan_room(options, model)
-    flash = flash_attention(options, model, devices)
+    flash = options.flash_attn
     parameters = api.llama_context_default_params()
     parameters.n_ctx = room.kv_cells
     parameters.n_batch = room.n_batch
@@ -118,16 +117,3 @@ def _sequences(slots: int, info: ModelInfo, *, recurrent: bool) -> int:
     if recurrent or info.window:
         return 2 * slots
     return max(slots, min(SMALL_MICRO_BATCH, slots + _IDLE_ROWS_BYTES // (4 * info.n_vocab)))
-
-
-def flash_attention(options: LlamaOptions, model: Model, devices: Sequence[Found]) -> str:
-    """What to ask llama.cpp for. `auto` is `off` on a CPU for heads that leave 16 or more values over a multiple of 64.
-
-    The CPU's kernel for fewer than 64 rows takes these values one by one, 2 ns each and cell. Measured with one thread,
-    8 sequences of 512 tokens: heads of 32, 48, 80 and 96 values decode 1.8, 1.9, 1.2 and 1.5 times slower with flash
-    attention, and several rows of one long sequence up to 10 times; heads of 64, 72 and 128 are as fast or faster with
-    it. (It skips cells that other sequences hold in 2 ns, where plain attention takes 6 to 13.)
-    """
-    if options.flash_attn != "auto" or devices or options.cache_type_v.startswith("q"):
-        return options.flash_attn
-    return "off" if any(size % 64 >= _LEFT_OVER for size in model.head_sizes()) else "auto"

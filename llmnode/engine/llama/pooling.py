@@ -18,7 +18,6 @@ from llmnode.engine.llama.batch import Batch
 from llmnode.engine.llama.model import Model
 from llmnode.engine.llama.native import Found
 from llmnode.engine.llama.options import FLASH_ATTENTION, LlamaOptions, physical_cores
-from llmnode.engine.llama.parameters import flash_attention
 from llmnode.engine.pooling import POOLINGS
 from llmnode.engine.types import ModelInfo
 
@@ -56,7 +55,7 @@ def open_pooling(model: Model, options: LlamaOptions, devices: Sequence[Found], 
     parameters.n_seq_max = room.sequences
     parameters.n_threads = options.threads or physical_cores()
     parameters.n_threads_batch = options.threads_batch or parameters.n_threads
-    parameters.flash_attn_type = FLASH_ATTENTION[flash_attention(options, model, devices)]
+    parameters.flash_attn_type = FLASH_ATTENTION[options.flash_attn]
     parameters.pooling_type = POOLINGS.index(kind)
     parameters.embeddings = True
     parameters.kv_unified = True

@@ -1,0 +1,1 @@
+"""The soak: thousands of mixed requests against one real node, and what must be left of them: nothing."""
