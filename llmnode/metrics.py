@@ -213,6 +213,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
 _COUNTERS: tuple[tuple[str, str, Callable[[Timings], float]], ...] = (
     ("llmnode_engine_steps", "Steps of the engine", attrgetter("steps")),
     ("llmnode_prefixes_evicted", "Idle prefixes that gave their cells back", attrgetter("evicted")),
+    ("llmnode_cache_compactions", "Times that running answers were moved to lower cells", attrgetter("compacted")),
     ("llmnode_prompt_cache_saved", "Sequences taken to host RAM", attrgetter("saved")),
     ("llmnode_prompt_cache_restored", "Sequences brought back from host RAM", attrgetter("restored")),
 )

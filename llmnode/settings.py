@@ -40,7 +40,7 @@ class Settings:
     kv_cells: int = setting(0, "tokens in the cache for all slots together; 0: slots x n_ctx", unit="tokens", minimum=0)
     n_batch: int = setting(512, "tokens computed in one step at most", unit="tokens", minimum=1)
     stall_ms: float = setting(
-        150.0, "how long prompts may hold up running answers in each step", unit="milliseconds", minimum=1
+        100.0, "how long prompts may hold up running answers in each step", unit="milliseconds", minimum=1
     )
     prompt_lookup: bool = setting(
         True, "guess ahead from earlier text of the same request, where that is measured to pay; changes no answer"

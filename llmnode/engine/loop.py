@@ -84,7 +84,7 @@ class Limits:
     """
 
     queue_limit: int = 64
-    stall_s: float = 0.15
+    stall_s: float = 0.1
     host_bytes: int = 256 << 20
     prompt_lookup: bool = True
     gather_s: float = 0.0
@@ -662,6 +662,7 @@ class Engine:
             failed=count.failed,
             refused=self._refused,
             evicted=moves.evicted,
+            compacted=moves.compacted,
             saved=moves.saved,
             restored=moves.restored,
             swapped=count.swapped,

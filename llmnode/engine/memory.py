@@ -49,6 +49,8 @@ _WORTH_WAITING = 32
 _LAG = 64
 """Answer tokens that a running sequence may have beyond what the index knows of it."""
 _IDLE_TOKENS = 512
+_HOLES = 1024
+"""Cells: fewer free ones below running sequences cost less than moving these down."""
 _CHANCE = 0.5
 """That a saved prefix is asked for again, for all we know."""
 _BYTES_PER_S, _LOOSE_S = 1e9, 10e-6
@@ -77,6 +79,7 @@ class Moves:
     """What was moved since the start: see `Timings`."""
 
     evicted: int = 0
+    compacted: int = 0
     saved: int = 0
     restored: int = 0
 
@@ -86,6 +89,8 @@ class Memory:
 
     COPY_S = 0.02
     """Seconds that an admission may spend on clearing idle prefixes away."""
+    COMPACT_S = 0.1
+    """Seconds that a step may spend on moving running sequences down."""
 
     def __init__(self, backend: Backend, host: HostCache, clock: Callable[[], float]) -> None:
         self._backend, self._clock = backend, clock
@@ -97,6 +102,7 @@ class Memory:
         self._idle: dict[int, Idle] = {}  # in order of last use
         self._unused = list(range(backend.room.sequences))
         self._drawn = 0
+        self._holes = 0  # cells that came free below running sequences, about
         self.compute_s = 0.0  # seconds that prefill takes for a token; the loop keeps it up to date
         self._copying = Rate()  # bytes a second, to host RAM or back, where cells lie together
         self._loose_s = _LOOSE_S
@@ -173,6 +179,7 @@ class Memory:
     def grow(self, sequence: Sequence, count: int) -> None:
         """A decode has computed `count` more tokens of it."""
         self.cells.grow(sequence.seq, count)
+        self._holes = max(0, self._holes - count)
         sequence.computed += count
         if count < _TOGETHER:
             sequence.loose += count
@@ -264,6 +271,34 @@ class Memory:
             seq, idle = next(iter(self._idle.items()))
             if self._drawn - idle.since > _IDLE_TOKENS:
                 self._evict(seq)
+        if self._holes > _HOLES:
+            self._compact()
+
+    def _compact(self) -> None:
+        """Move running sequences down into the holes below them: out to host RAM and back in, all of them at once.
+
+        Nobody tells where cells are, but llama.cpp fills the lowest free ones first, so what came free since the last
+        time, less what was taken, lies below something. Not worth it where they are about to end; and not where they
+        share cells, since each would come back with its own."""
+        live = [sequence for sequence in self._live.values() if sequence.computed]
+        needed = sum(sequence.computed for sequence in live)
+        seconds = sum(2 * self._copy_seconds(sequence.computed, sequence.loose) for sequence in live)
+        if self._holes < needed or seconds > self.COMPACT_S or not self._divisible:
+            return
+        if sum(sequence.remaining for sequence in live) < _IDLE_TOKENS:
+            return
+        if any(self.cells.private(sequence.seq) != sequence.computed for sequence in live):
+            return
+        self._holes = 0
+        saved = [self._backend.seq_save(sequence.seq) for sequence in live]
+        for sequence in live:
+            self._backend.seq_remove(sequence.seq)
+        for sequence, state in zip(live, saved, strict=True):
+            sequence.loose = 0
+            if not self._backend.seq_load(sequence.seq, state):
+                self.cells.drop(sequence.seq)  # computed again, as after giving way
+                sequence.computed = 0
+        self.moves.compacted += 1
 
     def _clear_the_way(self, used: int) -> None:
         """Send idle prefixes to host RAM before new cells are taken, but not `used`, which serves the newcomer."""
@@ -465,6 +500,7 @@ class Memory:
         self._idle.pop(seq, None)
         if seq in self._index:
             self._index.remove(seq)
-        self.cells.drop(seq)
+        freed = self.cells.drop(seq)
+        self._holes = self._holes + freed if self._live else 0
         self._backend.seq_remove(seq)
         heapq.heappush(self._unused, seq)

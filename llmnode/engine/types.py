@@ -158,7 +158,8 @@ class Timings:
 
     decode_s, sample_s, other_s: where the time of its steps went, in seconds; `other` is our own Python.
     prompt_tokens, completion_tokens: computed; cached_tokens: of prompts, found resident or in host RAM instead.
-    evicted: idle prefixes that gave their cells back; saved, restored: sequences taken to host RAM and back.
+    evicted: idle prefixes that gave their cells back; compacted: times that running answers were moved to lower cells.
+    saved, restored: sequences taken to host RAM and back.
     swapped, dropped: running answers that had to give way, and went to host RAM or are computed again.
     drafted, accepted: tokens that prompt lookup proposed, and those of them that were drawn.
     """
@@ -175,6 +176,7 @@ class Timings:
     failed: int = 0
     refused: int = 0
     evicted: int = 0
+    compacted: int = 0
     saved: int = 0
     restored: int = 0
     swapped: int = 0

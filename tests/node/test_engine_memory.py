@@ -208,6 +208,22 @@ def test_what_is_sooner_computed_than_copied_is_not_saved(monkeypatch: pytest.Mo
         settled(engine)
 
 
+def test_running_answers_move_down_when_much_below_them_is_free(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory, "_HOLES", 100)
+    monkeypatch.setattr(memory, "_IDLE_TOKENS", 20)
+    steps, long, short = Steps(), Answer(), Answer()
+    ask = Ask(words(20, 1), Sampling(seed=1), max_tokens=230, ignore_eos=True)
+    with running(FakeBackend(ROOM, step_delay_s=1, sleep=steps.sleep), PLAIN, steps=steps) as engine:
+        engine.submit(ask, long)
+        steps.begun()
+        engine.submit(Ask(words(240, 2), GREEDY, max_tokens=2), short)
+        steps.free()
+        assert same(long, ask)
+        short.wait()
+        settled(engine)
+        assert engine.stats().timings.compacted == 1
+
+
 def test_state_that_cannot_be_cut_is_reused_whole_or_not_at_all() -> None:
     """As recurrent models need it: at the end of a turn, and at the end of the same prompt."""
     with running(FakeBackend(ROOM, can_cut=False), PLAIN) as engine:

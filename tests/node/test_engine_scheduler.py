@@ -75,6 +75,11 @@ def test_running_answers_come_first_and_prompts_keep_to_their_limit_beside_them(
     assert sizes(scheduler.plan(Bounds(tokens=2, prefill=40, rows=64))) == {1: 1, 2: 1}
 
 
+def test_the_last_chunk_of_a_prompt_is_no_small_one() -> None:
+    assert sizes(scheduler_with(sequence(1, 552, seq=1)).plan(WIDE)) == {1: 488}
+    assert sizes(scheduler_with(sequence(1, 100, seq=1)).plan(Bounds(60, 60, 8))) == {1: 60}
+
+
 def test_a_prompt_with_nobody_to_hold_up_gets_the_whole_batch() -> None:
     assert sizes(scheduler_with(sequence(1, 4000, seq=1)).plan(Bounds(512, prefill=8, rows=8))) == {1: 512}
 
