@@ -291,6 +291,8 @@ class Engine:
                 return plan
             if not self._scheduler.running:
                 return plan
+            if not plan.tokens and self._gather_followers():
+                continue  # whom they followed has just given way
             # The ladder of a full cache: idle prefixes are gone by now; then guesses, prompts, and the cheapest answer.
             free = self._memory.cells.free
             decoding = plan.tokens - plan.prefill
@@ -322,17 +324,21 @@ class Engine:
             if sequence.cached is None and sequence.leader is None:
                 self._found(sequence)
 
-    def _gather_followers(self) -> None:
-        """Those that waited for another one's prompt go on from it once it is there, or look again once it is not."""
+    def _gather_followers(self) -> int:
+        """Those that waited for another one's prompt go on from it once it is there, or look again once it is not.
+        Returns how many there were."""
+        gathered = 0
         for sequence in self._scheduler.running:
             leader = sequence.leader
             if leader is None or (leader.seq != NOWHERE and leader.computed < sequence.follow):
                 continue
+            gathered += 1
             sequence.leader = None
             self._memory.detach(sequence)
             self._memory.attach(sequence)
             if sequence.cached is None and sequence.leader is None:
                 self._found(sequence)
+        return gathered
 
     def _found(self, sequence: Sequence) -> None:
         sequence.cached = min(sequence.computed, len(sequence.ask.prompt))

@@ -123,6 +123,21 @@ def test_a_follower_goes_its_own_way_when_its_leader_is_cancelled() -> None:
         settled(engine)
 
 
+def test_followers_of_an_answer_that_gave_way_are_not_lost() -> None:
+    """One long answer holds nearly all cells; what came after it shares a prompt and finds no room to go on."""
+    room = Room(slots=4, n_ctx=256, kv_cells=280, n_batch=64, sequences=8, rows=20)
+    asks = [Ask(words(20, 9), Sampling(seed=9), max_tokens=230, ignore_eos=True)]
+    asks += [Ask(words(120, 1) + words(3, seed), Sampling(seed=seed), max_tokens=10) for seed in range(3)]
+    steps, answers = Steps(), [Answer() for _ in asks]
+    with running(FakeBackend(room, step_delay_s=1, sleep=steps.sleep), PLAIN, steps=steps) as engine:
+        for ask, answer in zip(asks, answers, strict=True):
+            engine.submit(ask, answer)
+        steps.free()
+        for ask, answer in zip(asks, answers, strict=True):
+            assert same(answer, ask)
+        settled(engine)
+
+
 def test_a_short_common_prefix_is_not_worth_looking_for() -> None:
     with running(FakeBackend(ROOM), PLAIN) as engine:
         one(engine, Ask(words(8, 1) + words(100, 2), GREEDY, max_tokens=2))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-import random
 from array import array
+
+import hypothesis.strategies as st
+from hypothesis import given, settings
 
 from llmnode.engine.backend import Room
 from llmnode.engine.sampler import Sampler, Vocabulary
@@ -198,22 +200,67 @@ def test_integrity_names_what_is_wrong() -> None:
     assert "waits holds cells" in scheduler.check_integrity()
 
 
-def test_every_plan_keeps_its_bounds_and_gets_everybody_on() -> None:
-    for seed in range(40):
-        dice = random.Random(seed)
-        members = [
-            decoding(id) if dice.random() < 0.5 else sequence(id, dice.randint(1, 300), seq=id) for id in range(9)
-        ]
-        scheduler = scheduler_with(*members, slots=9)
-        bounds = Bounds(dice.randint(9, 80), dice.randint(1, 80), dice.randint(9, 20))
-        drafts = {id: array("i", [1] * dice.randint(1, 5)) for id in range(9) if dice.random() < 0.3}
-        plan = scheduler.plan(bounds, drafts)
-        assert 0 < plan.tokens <= bounds.tokens
-        assert sum(chunk.rows for chunk in plan.chunks) <= bounds.rows
-        running = [member for member in members if member.behind == 1]
-        assert plan.prefill <= (bounds.prefill if running else bounds.tokens)
-        for chunk, member in zip(plan.chunks, plan.sequences, strict=True):
+@given(
+    prompts=st.lists(st.one_of(st.none(), st.integers(2, 300)), min_size=1, max_size=9),
+    tokens=st.integers(9, 80),
+    prefill=st.integers(1, 80),
+    rows=st.integers(9, 20),
+    lengths=st.dictionaries(st.integers(0, 8), st.integers(1, 5)),
+)
+@settings(max_examples=200, deadline=None)
+def test_every_plan_keeps_its_bounds_and_gets_everybody_on(
+    prompts: list[int | None], tokens: int, prefill: int, rows: int, lengths: dict[int, int]
+) -> None:
+    """None stands for an answer under way, a number for a prompt of so many tokens."""
+    members = [decoding(id) if n is None else sequence(id, n, seq=id) for id, n in enumerate(prompts)]
+    scheduler = scheduler_with(*members, slots=9)
+    drafts = {id: array("i", [1] * length) for id, length in lengths.items()}
+    plan = scheduler.plan(Bounds(tokens, prefill, rows), drafts)
+    running = [member for member in members if member.behind == 1]
+    assert 0 < plan.tokens <= tokens
+    assert plan.tokens == sum(len(chunk.tokens) for chunk in plan.chunks)
+    assert plan.prefill <= (prefill if running else tokens)
+    assert sum(chunk.rows for chunk in plan.chunks) <= rows
+    assert len(set(map(id, plan.sequences))) == len(plan.sequences)
+    for chunk, member, guesses in zip(plan.chunks, plan.sequences, plan.drafts, strict=True):
+        assert (chunk.seq, chunk.start) == (member.seq, member.computed)
+        assert guesses < len(chunk.tokens) and 0 <= chunk.rows <= len(chunk.tokens)
+        known = chunk.tokens[: len(chunk.tokens) - guesses]
+        assert known == member.tokens[chunk.start : chunk.start + len(known)]
+        ends = chunk.start + len(known) == len(member.tokens)
+        assert chunk.rows == (1 + guesses if ends else 0)
+    if not drafts:
+        assert all(member in plan.sequences for member in running)
+    waiting = [member for member in members if member.behind > 1]
+    if waiting and tokens > len(running) and not drafts:
+        assert any(member in plan.sequences for member in waiting)
+
+
+@given(st.lists(st.tuples(st.integers(1, 120), st.integers(1, 40)), min_size=1, max_size=12))
+@settings(max_examples=60, deadline=None)
+def test_steps_compute_every_token_once_and_everybody_ends(wanted: list[tuple[int, int]]) -> None:
+    """The model: a sequence of n prompt and m answer tokens takes n + m - 1 computed tokens, whatever runs beside."""
+    scheduler = Scheduler(Room(4, 160, 640, 32))
+    for id, (prompt, limit) in enumerate(wanted):
+        scheduler.add(sequence(id, prompt, limit))
+    computed = dict.fromkeys(range(len(wanted)), 0)
+    numbers = {0, 1, 2, 3}
+    for _ in range(5000):
+        while (member := scheduler.next(sum(s.computed for s in scheduler.running), lambda tokens: 0)) is not None:
+            member.seq = numbers.pop()
+        plan = scheduler.plan(Bounds(32, 8, 8))
+        if not plan.tokens:
+            break
+        for member, chunk in zip(plan.sequences, plan.chunks, strict=True):
             assert chunk.start == member.computed
-            assert len(chunk.tokens) > 0 and 0 <= chunk.rows <= len(chunk.tokens)
-        if not drafts:
-            assert all(member in plan.sequences for member in running)
+            member.computed += len(chunk.tokens)
+            computed[member.id] += len(chunk.tokens)
+            if chunk.rows:
+                member.sampled += 1
+                if member.take(1) is not None:
+                    scheduler.running.remove(member)
+                    numbers.add(member.seq)
+                    member.seq = -1
+        assert scheduler.check_integrity() == ""
+    assert not scheduler.running and not scheduler.waiting
+    assert computed == {id: prompt + limit - 1 for id, (prompt, limit) in enumerate(wanted)}
