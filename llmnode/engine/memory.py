@@ -143,7 +143,7 @@ class Memory:
     def open(self, sequence: Sequence) -> None:
         """Give the sequence a number and the longest prefix there is. Sets `seq`, `computed`, `leader`, `follow`."""
         if not self._unused:
-            self._evict(next(iter(self._idle)))
+            self.evict_one()
         sequence.seq = heapq.heappop(self._unused)
         self._live[sequence.seq] = sequence
         sequence.computed = sequence.loose = 0
@@ -206,10 +206,8 @@ class Memory:
         held = self._index.match(sequence.tokens, sequence.computed).ending()
         if any(other in self._idle and length == sequence.computed for length, other in held):
             return
-        if not self._unused:
-            if not self._idle:
-                return
-            self._evict(next(iter(self._idle)))
+        if not self._unused and not self.evict_one():
+            return
         copy = heapq.heappop(self._unused)
         self._backend.seq_copy(sequence.seq, copy, sequence.computed)
         self.cells.share(sequence.seq, copy, sequence.computed)
