@@ -278,7 +278,9 @@ class Gate:
         else:
             await self._flush(server)
         for connection in list(server.connections):
-            connection.abort()
+            # Not Sanic's own abort(), which takes the transport away from a handler that is still to be cancelled.
+            if connection.transport:
+                connection.transport.abort()
         await door.empty()
         log.info("stopped")
 

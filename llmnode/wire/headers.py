@@ -14,3 +14,10 @@ NODE = "x-llmrack-node"
 
 SHOULD_RETRY = "x-should-retry"
 """Response: "false" once the gate has spent its own retries, so that SDKs do not multiply them."""
+
+RESUMABLE = "x-llmrack-resumable"
+"""Request, gate to node: `wire.resume.Fixed`. The node answers as an event stream with commit markers.
+Response, node to gate: the version of the resume format, where the answer has markers."""
+
+DEADLINE_MS = "x-llmrack-deadline-ms"
+"""Request, gate to node: milliseconds that are left for the answer; the node takes the shorter of this and its own."""

@@ -46,7 +46,11 @@ class Usage:
 
 @dataclass(frozen=True)
 class Model:
-    """A model that the node serves. `n_ctx`: tokens that one request may hold, prompt and answer together."""
+    """A model that the node serves. `n_ctx`: tokens that one request may hold, prompt and answer together.
+
+    template: what tells one chat template from another.
+    digest: what tells one model's weights from another's; answers are resumed between equal ones only. Empty: unknown.
+    """
 
     id: str
     aliases: tuple[str, ...] = ()
@@ -56,11 +60,17 @@ class Model:
     kinds: tuple[str, ...] = ("chat", "completion")
     modalities: tuple[str, ...] = ("text",)
     template: str = ""
+    digest: str = ""
 
 
 @dataclass(frozen=True)
 class Load:
-    """How busy the engine is now. Rates are moving averages, 0.0 until first measured."""
+    """How busy the engine is now. Rates are moving averages, 0.0 until first measured.
+
+    queued_prompt_tokens: of requests inside, not computed yet.
+    wait_s: seconds until one more request should get a slot.
+    bytes_per_token: canonical bytes of a request (chain.py) for each token of its prompt.
+    """
 
     slots: int = 0
     running: int = 0
@@ -70,6 +80,15 @@ class Load:
     queued_prompt_tokens: int = 0
     prefill_tps: float = 0.0
     decode_tps: float = 0.0
+    wait_s: float = 0.0
+    bytes_per_token: float = 0.0
+
+
+@dataclass(frozen=True)
+class Cache:
+    """Prefixes that the node holds: the block hashes of their chains (chain.py), packed, those of use last first."""
+
+    blocks: str = ""
 
 
 @dataclass(frozen=True)
@@ -96,7 +115,10 @@ class Host:
 
 @dataclass(frozen=True)
 class Report:
-    """The body of `GET /node`. `boot` is random for each process; `config` the digest of its configuration file."""
+    """The body of `GET /node`. `boot` is random for each process; `config` the digest of its configuration file.
+
+    resume: the version of the resume format that it speaks (resume.py), 0 for none.
+    """
 
     boot: str
     release: str
@@ -108,6 +130,8 @@ class Report:
     load: Load = Load()
     devices: tuple[Device, ...] = ()
     host: Host = Host()
+    cache: Cache = Cache()
+    resume: int = 0
     protocol: int = PROTOCOL
 
     def json(self) -> dict[str, Any]:
@@ -131,6 +155,7 @@ class Report:
         top["devices"] = tuple(Device(**_fields(Device, d, "devices.")) for d in _objects(body, "devices"))
         top["load"] = Load(**_fields(Load, body.get("load", {}), "load."))
         top["host"] = Host(**_fields(Host, body.get("host", {}), "host."))
+        top["cache"] = Cache(**_fields(Cache, body.get("cache", {}), "cache."))
         for name in ("boot", "release", "config"):
             top.setdefault(name, "")
         return cls(**top)

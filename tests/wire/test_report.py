@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from llmnode.wire.node import Device, Host, Load, Model, Report, State, Usage
+from llmnode.wire.node import Cache, Device, Host, Load, Model, Report, State, Usage
 
 FULL = Report(
     boot="b1",
@@ -17,10 +17,12 @@ FULL = Report(
     state=State.LOADING,
     why="reading the model",
     progress=0.25,
-    models=(Model("tiny", ("t", "x"), "loading", "ff" * 32, 4096, ("chat",), ("text",), "aa"),),
-    load=Load(4, 3, 2, 16384, 900, 77, 1234.5, 56.75),
+    models=(Model("tiny", ("t", "x"), "loading", "ff" * 32, 4096, ("chat",), ("text",), "aa", "dd"),),
+    load=Load(4, 3, 2, 16384, 900, 77, 1234.5, 56.75, 0.25, 3.5),
     devices=(Device("CUDA", "H100", "GPU-1", 80_000_000_000, 1),),
     host=Host(64, 12.5, 1000, 500, 200),
+    cache=Cache("AAAAAAAAAAA="),
+    resume=1,
 )
 
 

@@ -1,0 +1,141 @@
+"""Prefix chains: one request as a chain of block hashes, the same at the gate and at the node, without a tokenizer.
+
+A conversation is written down as length-prefixed records (a JSON array would end in a bracket and so be no prefix of a
+longer one), tools first, then each message. The bytes are cut in blocks of `BLOCK`; each whole block is hashed together
+with the hash before it. So one hash stands for everything up to the end of its block: two requests share so many blocks
+from the start, and a set of hashes says all that a node holds. The salt keeps models and templates apart.
+
+Hash: BLAKE2b of 8 bytes, keyed by nothing, since it is in the standard library and takes 0.7 us a block; a client that
+looks for collisions could at most mislead routing, never an answer.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import sys
+from array import array
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from hashlib import blake2b
+from typing import Any
+
+BLOCK = 256
+"""Bytes: about 64 tokens of English."""
+_ROOT_BYTES = 1024
+_EMPTY: tuple[Any, ...] = (None, "", [], {})
+
+
+@dataclass(frozen=True)
+class Chain:
+    """blocks: a hash for each whole block, each standing for all before it.    size: bytes in all.
+
+    root: hash of what the conversation began with (tools, system text and the first user's), or of the first KiB of a
+    plain prompt: where it lives when nobody holds any of it.
+    """
+
+    blocks: tuple[int, ...]
+    root: int
+    size: int
+
+    def depth(self, held: frozenset[int] | set[int]) -> int:
+        """How many blocks from the start are held."""
+        # From the end: whoever holds a block holds those before it, though it may not name them all.
+        for at in range(len(self.blocks), 0, -1):
+            if self.blocks[at - 1] in held:
+                return at
+        return 0
+
+
+def of_request(body: Mapping[str, Any], salt: str) -> Chain:
+    """The chain of a decoded request body: of its messages, or else of its prompt. Never raises: what makes no sense
+    has a chain too, and the node that gets it says what is wrong."""
+    messages = body.get("messages")
+    try:
+        if isinstance(messages, list):
+            return of_chat(body.get("tools"), messages, salt)
+        return of_prompt(body.get("prompt"), salt)
+    except RecursionError:  # nested deeper than can be written down again
+        return Chain((), 0, 0)
+
+
+def of_chat(tools: Any, messages: Sequence[Any], salt: str) -> Chain:
+    """The chain of a conversation."""
+    written = bytearray() if tools in _EMPTY else bytearray(_record(_json(tools)))
+    begins = 0
+    for message in messages:
+        written += _record(_message(message))
+        if not begins and isinstance(message, dict) and message.get("role") == "user":
+            begins = len(written)
+    return _chain(written, salt, begins or len(written))
+
+
+def of_prompt(prompt: Any, salt: str) -> Chain:
+    """The chain of a plain prompt: a text, or a list of token ids."""
+    if isinstance(prompt, str):
+        written = prompt.encode("utf-8", "surrogatepass")
+    elif isinstance(prompt, list) and all(isinstance(id, int) and 0 <= id < 2**31 for id in prompt):
+        written = array("i", prompt).tobytes()
+    else:
+        written = _json(prompt)
+    return _chain(written, salt, min(len(written), _ROOT_BYTES))
+
+
+def with_reply(messages: Sequence[Any], text: str) -> list[Any]:
+    """The conversation as its next turn will send it back, with the answer in it."""
+    return [*messages, {"role": "assistant", "content": text}]
+
+
+def pack(blocks: Iterable[int]) -> str:
+    """Hashes as one text for JSON: base64 of 8 bytes each, little-endian."""
+    return base64.b64encode(_swapped(array("Q", blocks)).tobytes()).decode()
+
+
+def unpack(text: str) -> frozenset[int]:
+    """Raises ValueError."""
+    data = base64.b64decode(text, validate=True)
+    if len(data) % 8:
+        raise ValueError(f"packed hashes are 8 bytes each, got {len(data)} bytes")
+    return frozenset(_swapped(array("Q", data)))
+
+
+def _chain(written: bytes | bytearray, salt: str, begins: int) -> Chain:
+    state = blake2b(salt.encode(), digest_size=8).digest()
+    root = blake2b(state + written[:begins], digest_size=8).digest()
+    blocks = array("Q")
+    for start in range(0, len(written) - BLOCK + 1, BLOCK):
+        state = blake2b(state + written[start : start + BLOCK], digest_size=8).digest()
+        blocks.frombytes(state)
+    return Chain(tuple(_swapped(blocks)), int.from_bytes(root, "little"), len(written))
+
+
+def _message(message: Any) -> bytes:
+    """A message's canonical bytes. Fields that are absent and fields that are empty are the same; a list of text parts
+    is the text, since clients send the same turn either way."""
+    if not isinstance(message, dict):
+        return _json(message)
+    content = message.get("content")
+    if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
+        content = "".join(part["text"] for part in content)
+    role = message.get("role")
+    rest = {k: v for k, v in message.items() if k not in ("role", "content") and v not in _EMPTY}
+    if not isinstance(content, str) and content not in _EMPTY:
+        rest["content"] = content
+        content = ""
+    parts = (str(role), content or "", _json(rest).decode() if rest else "")
+    return "\0".join(parts).encode("utf-8", "surrogatepass")
+
+
+def _record(data: bytes) -> bytes:
+    return len(data).to_bytes(4, "big") + data
+
+
+def _json(value: Any) -> bytes:
+    return json.dumps(value, sort_keys=True, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "surrogatepass")
+
+
+def _swapped(hashes: array[int]) -> array[int]:
+    """Between this machine's order of bytes and little-endian."""
+    if sys.byteorder == "big":  # pragma: no cover - no such machine is at hand
+        hashes.byteswap()
+    return hashes

@@ -1,0 +1,190 @@
+"""How a stream survives its node: what the gate fixes, what the node confirms, and what another node is told.
+
+1. The gate sends `x-llmrack-resumable` with `Fixed`: the parts of an answer that would differ on another node.
+2. The node answers as an event stream, whether the client asked for one or not. After the frames of each step comes a
+   commit marker, an SSE comment `: t CHOICE COUNT id,id...`: with these ids, COUNT ids of that choice are out, and all
+   frames before the marker say what they say, no more and no less. The last id of a choice that has ended is among
+   them, so that its end is committed like its text. An answer that the client does not stream comes as one event that
+   holds the whole body, before `[DONE]`.
+3. A node that must stop says `: handover` instead of going on. Then, or when it dies or goes silent, the gate sends
+   `Resume` to `POST /resume` of another node, which replays the ids without saying them again and goes on.
+
+The markers are the gate's; no client sees them. A line that begins with a colon cannot come out of JSON data.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+VERSION = 1
+"""Of the resume format: a node serves those that speak the same one."""
+PATH = "/resume"
+HANDOVER = b": handover\n\n"
+_MARK = b": t "
+_LONGEST_HEAD = 16 * 1024 * 1024
+_ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_")
+
+
+@dataclass(frozen=True)
+class Fixed:
+    """What the gate decides for the node. id: the response id without the prefix of its kind, 1-64 of [A-Za-z0-9_-].
+
+    created: seconds since the epoch, the template's clock too.    seed: for a request that brings none, 0 to 2**32 - 2.
+    """
+
+    id: str
+    created: int
+    seed: int
+
+    def header(self) -> str:
+        """The value of `x-llmrack-resumable`."""
+        return f"{VERSION} {self.id} {self.created} {self.seed}"
+
+    @classmethod
+    def parse(cls, text: str) -> Fixed | None:
+        """Read the header; None for another version, which a node takes for a request that cannot be resumed. Raises
+        ValueError when it is malformed."""
+        parts = text.split(" ")
+        if not parts[0].isdecimal():
+            raise ValueError(f"must begin with a version, got {text[:80]!r}")
+        if int(parts[0]) != VERSION:
+            return None
+        if len(parts) != 4:
+            raise ValueError(f"must be a version, an id, a time and a seed, got {text[:80]!r}")
+        return cls.checked(parts[1], _whole(parts[2]), _whole(parts[3]))
+
+    @classmethod
+    def checked(cls, id: Any, created: Any, seed: Any) -> Fixed:
+        """Raises ValueError that names what is wrong."""
+        if not isinstance(id, str) or not 1 <= len(id) <= 64 or not _ID_CHARACTERS.issuperset(id):
+            raise ValueError(f"id must be 1-64 characters of [A-Za-z0-9_-], got {id!r}")
+        if not _is_whole(created) or created > 2**53:
+            raise ValueError(f"created must be whole seconds since the epoch, got {created!r}")
+        if not _is_whole(seed) or seed > 2**32 - 2:
+            raise ValueError(f"seed must be from 0 to {2**32 - 2}, got {seed!r}")
+        return cls(id, created, seed)
+
+
+@dataclass(frozen=True)
+class Resume:
+    """What `POST /resume` carries: a line of JSON, then the body of the original request as it was received.
+
+    path: the original one.     model: id of the model, which the node must serve.
+    digest: `Model.digest` of the model that began the answer.
+    ids: for each choice the ids that are committed, in the order of the choices; empty for one that has not begun.
+    """
+
+    path: str
+    model: str
+    digest: str
+    fixed: Fixed
+    ids: tuple[tuple[int, ...], ...]
+    body: bytes
+
+    def write(self) -> bytes:
+        head = {
+            "version": VERSION,
+            "path": self.path,
+            "model": self.model,
+            "digest": self.digest,
+            "id": self.fixed.id,
+            "created": self.fixed.created,
+            "seed": self.fixed.seed,
+            "ids": self.ids,
+        }
+        return json.dumps(head, separators=(",", ":")).encode() + b"\n" + self.body
+
+    @classmethod
+    def parse(cls, data: bytes) -> Resume:
+        """Raises ValueError that names what is wrong."""
+        head, line, body = data.partition(b"\n")
+        if not line or len(head) > _LONGEST_HEAD:
+            raise ValueError("must be a line of JSON and the original body")
+        try:
+            fields = json.loads(head)
+        except (ValueError, RecursionError):
+            raise ValueError("its first line is not JSON") from None
+        if not isinstance(fields, dict):
+            raise ValueError("its first line must be a JSON object")
+        if fields.get("version") != VERSION:
+            raise ValueError(f"version must be {VERSION}, got {fields.get('version')!r}")
+        for name in ("path", "model", "digest"):
+            if not isinstance(fields.get(name), str):
+                raise ValueError(f"{name} must be a string, got {fields.get(name)!r}")
+        ids = fields.get("ids")
+        if not isinstance(ids, list) or not all(isinstance(row, list) and all(map(_is_whole, row)) for row in ids):
+            raise ValueError("ids must be a list of lists of token ids")
+        fixed = Fixed.checked(fields.get("id"), fields.get("created"), fields.get("seed"))
+        return cls(fields["path"], fields["model"], fields["digest"], fixed, tuple(map(tuple, ids)), body)
+
+
+@dataclass(frozen=True)
+class Marker:
+    """`count` ids of `choice` are out, of which these are the last."""
+
+    choice: int
+    count: int
+    ids: tuple[int, ...]
+
+
+def marker(choice: int, count: int, ids: Iterable[int]) -> bytes:
+    """The commit marker as a frame. An empty `ids` confirms frames that no new id stands behind."""
+    return b": t %d %d %s\n\n" % (choice, count, ",".join(map(str, ids)).encode())
+
+
+def read_marker(frame: bytes) -> Marker | None:
+    """The marker that a frame is; None for any other frame. Raises ValueError for one that is malformed."""
+    if not frame.startswith(_MARK):
+        return None
+    parts = frame[len(_MARK) : -2].split(b" ")
+    if len(parts) != 3:
+        raise ValueError(f"a commit marker has three parts, got {frame[:80]!r}")
+    try:
+        return Marker(int(parts[0]), int(parts[1]), tuple(map(int, parts[2].split(b","))) if parts[2] else ())
+    except ValueError:
+        raise ValueError(f"a commit marker holds numbers, got {frame[:80]!r}") from None
+
+
+class Committed:
+    """The ids of each choice that are out, as the gate keeps them. `size`: how many in all."""
+
+    def __init__(self) -> None:
+        self._ids: list[list[int]] = []
+
+    @property
+    def size(self) -> int:
+        return sum(map(len, self._ids))
+
+    def add(self, mark: Marker) -> None:
+        """Raises ValueError when the marker's count does not follow: a gap or a repeat, which nobody may paper over."""
+        if not 0 <= mark.choice < 1024:
+            raise ValueError(f"there is no choice {mark.choice}")
+        while len(self._ids) <= mark.choice:
+            self._ids.append([])
+        ids = self._ids[mark.choice]
+        if mark.count != len(ids) + len(mark.ids):
+            raise ValueError(f"{len(mark.ids)} ids after {len(ids)} of choice {mark.choice} do not make {mark.count}")
+        ids += mark.ids
+
+    def ids(self) -> tuple[tuple[int, ...], ...]:
+        return tuple(map(tuple, self._ids))
+
+
+def check_choices(ids: Sequence[Sequence[int]], choices: int) -> tuple[tuple[int, ...], ...]:
+    """The ids of exactly so many choices; those that have not begun are empty. Raises ValueError for too many."""
+    if len(ids) > choices:
+        raise ValueError(f"ids has {len(ids)} lists, and the request has {choices} choices")
+    return tuple(map(tuple, ids)) + ((),) * (choices - len(ids))
+
+
+def _whole(text: str) -> int:
+    if not text.isdecimal() or len(text) > 16:
+        raise ValueError(f"must be a whole number, got {text[:20]!r}")
+    return int(text)
+
+
+def _is_whole(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0

@@ -1,0 +1,107 @@
+"""Chains: what shares a beginning shares blocks, what does not shares none, and a turn finds the one before it."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from llmnode.wire import chain
+from llmnode.wire.chain import BLOCK
+
+texts = st.text(max_size=600)
+messages = st.lists(
+    st.fixed_dictionaries({"role": st.sampled_from(["system", "user", "assistant"]), "content": texts}), max_size=6
+)
+
+
+def shared(a: chain.Chain, b: chain.Chain) -> int:
+    return next((n for n, (x, y) in enumerate(zip(a.blocks, b.blocks, strict=False)) if x != y), len(a.blocks))
+
+
+@given(messages, messages)
+def test_a_longer_conversation_begins_with_the_blocks_of_a_shorter_one(
+    first: list[dict[str, Any]], more: list[dict[str, Any]]
+) -> None:
+    short, long = chain.of_chat(None, first, "m"), chain.of_chat(None, [*first, *more], "m")
+    assert long.blocks[: len(short.blocks)] == short.blocks
+    assert long.size >= short.size
+    assert len(short.blocks) == short.size // BLOCK
+
+
+@given(texts, texts)
+def test_a_longer_prompt_begins_with_the_blocks_of_a_shorter_one(first: str, more: str) -> None:
+    short, long = chain.of_prompt(first, "m"), chain.of_prompt(first + more, "m")
+    assert long.blocks[: len(short.blocks)] == short.blocks
+
+
+def test_the_next_turn_begins_with_what_the_node_says_it_holds() -> None:
+    asked = [{"role": "system", "content": "s" * 700}, {"role": "user", "content": "u" * 300}]
+    answer = "a" * 900
+    held = chain.of_chat(None, chain.with_reply(asked, answer), "m")
+    sent_back = {"role": "assistant", "content": answer, "refusal": None, "tool_calls": []}
+    turn = chain.of_chat(None, [*asked, sent_back, {"role": "user", "content": "more"}], "m")
+    assert turn.depth(frozenset(held.blocks)) == len(held.blocks) > 6
+
+
+def test_text_parts_and_text_are_the_same_turn() -> None:
+    parts = [{"role": "user", "content": [{"type": "text", "text": "a" * 300}, {"type": "text", "text": "b" * 300}]}]
+    plain = [{"role": "user", "content": "a" * 300 + "b" * 300}]
+    assert chain.of_chat(None, parts, "m") == chain.of_chat(None, plain, "m")
+
+
+@pytest.mark.parametrize(
+    ("tools", "messages", "salt"),
+    [
+        ([{"type": "function"}], [{"role": "user", "content": "x" * 600}], "m"),
+        (None, [{"role": "system", "content": "x" * 600}], "m"),
+        (None, [{"role": "user", "content": "y" + "x" * 599}], "m"),
+        (None, [{"role": "user", "content": "x" * 600, "name": "n"}], "m"),
+        (None, [{"role": "user", "content": "x" * 600}], "other"),
+    ],
+)
+def test_whatever_differs_at_the_start_shares_nothing(tools: Any, messages: list[Any], salt: str) -> None:
+    plain = chain.of_chat(None, [{"role": "user", "content": "x" * 600}], "m")
+    other = chain.of_chat(tools, messages, salt)
+    if "name" in messages[0]:  # this one differs at the end of its record, and so in its length
+        assert len(other.blocks) >= len(plain.blocks)
+    assert shared(plain, other) == 0
+    assert plain.root != other.root
+
+
+def test_conversations_that_begin_alike_have_one_root() -> None:
+    begun = [{"role": "system", "content": "s"}, {"role": "user", "content": "u"}]
+    later = [*begun, {"role": "assistant", "content": "a"}, {"role": "user", "content": "v"}]
+    assert chain.of_chat(None, begun, "m").root == chain.of_chat(None, later, "m").root
+    other = [begun[0], {"role": "user", "content": "w"}]
+    assert chain.of_chat(None, other, "m").root != chain.of_chat(None, begun, "m").root
+
+
+@pytest.mark.parametrize("body", [{}, {"prompt": [1, 2, 3]}, {"messages": [1, None, "x"]}, {"prompt": {"a": 1}}])
+def test_nonsense_has_a_chain_too(body: dict[str, Any]) -> None:
+    assert chain.of_request(body, "m").blocks == ()
+
+
+def test_depth_counts_from_the_deepest_block_that_is_held() -> None:
+    found = chain.of_prompt("x" * (5 * BLOCK), "m")
+    assert [found.depth({found.blocks[at]}) for at in range(5)] == [1, 2, 3, 4, 5]
+    assert found.depth(frozenset()) == 0
+
+
+@given(st.lists(st.integers(0, 2**64 - 1)))
+def test_packed_hashes_are_read_back(blocks: list[int]) -> None:
+    assert chain.unpack(chain.pack(blocks)) == frozenset(blocks)
+
+
+@pytest.mark.parametrize("text", ["AAAA", "not base64!"])
+def test_what_is_not_packed_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"."):
+        chain.unpack(text)
+
+
+def test_a_chain_is_the_same_on_every_machine() -> None:
+    """A gate and a node one release apart must agree."""
+    found = chain.of_chat(None, [{"role": "user", "content": "x" * 300}], "salt")
+    assert [f"{block:016x}" for block in found.blocks] == ["5c2872b156e43985"]
