@@ -43,7 +43,7 @@ from llmnode.service.notify import Notifier
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded
 from llmnode.settings import HANDBOOK, Settings
-from llmnode.wire import headers
+from llmnode.wire import headers, resume
 from llmnode.wire.node import State
 
 if TYPE_CHECKING:
@@ -156,6 +156,9 @@ class NodeApp(Sanic[Config, SimpleNamespace]):
         request.ctx.meter = None
         request.ctx.request_id = _request_id(request.headers.get(headers.REQUEST_ID))
         request.ctx.status = CLIENT_LEFT  # until there is an answer
+        if request.path == resume.PATH and request.stream is not None:
+            # An answer may be longer than its question, and this body holds both.
+            request.stream.request_max_size = serving.settings.body_limit_bytes + resume.LONGEST_HEAD
         try:
             await super().handle_request(request)
         except asyncio.CancelledError:
@@ -365,7 +368,7 @@ class Life:
 
     async def _leave(self, patience_s: float) -> None:
         if not await self._idle_within(patience_s):
-            log.warning("%d requests are cut off", self._serving.busy)
+            log.warning("%d requests are handed over or cut off", self._serving.busy)
             self._serving.cut("the node is stopping, and the time for running answers is over")
             await self._idle_within(_LAST_WORDS_S)
         await self._save_prompts()

@@ -1,7 +1,7 @@
-"""What operators, the gate and systemd's neighbours ask of a node: /health /ready /node /metrics.
+"""What operators, the gate and systemd's neighbours ask of a node: /health /ready /node /metrics /resume.
 
 /health is liveness, judged from the engine's own heartbeat; /ready says whether new work is taken; /node is the report
-that the gate polls; /metrics is for Prometheus.
+that the gate polls; /metrics is for Prometheus; /resume goes on with an answer that another node has begun.
 """
 
 from __future__ import annotations
@@ -12,10 +12,12 @@ import json as plain_json
 from sanic import Blueprint, Request
 from sanic.response import HTTPResponse, json
 
+from llmnode.api import answer
 from llmnode.api.serving import Serving
 from llmnode.metrics import CONTENT_TYPE
 from llmnode.wire.errors import Overloaded
 from llmnode.wire.node import State
+from llmnode.wire.resume import PATH as RESUME_PATH
 
 
 def blueprint(serving: Serving) -> Blueprint:
@@ -52,5 +54,9 @@ def blueprint(serving: Serving) -> Blueprint:
     @routes.get("/metrics")
     async def metrics(request: Request) -> HTTPResponse:
         return HTTPResponse(serving.metrics.text(), content_type=CONTENT_TYPE)
+
+    @routes.post(RESUME_PATH)
+    async def resume(request: Request) -> HTTPResponse | None:
+        return await answer.go_on(request, serving)
 
     return routes

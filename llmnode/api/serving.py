@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
 from dataclasses import dataclass
+from datetime import datetime, timezone
 from functools import cached_property, partial
 
 from llmnode.api.schema import MAX_CHOICES, ChatRequest, CompletionRequest, Constraint, Rules
@@ -26,6 +27,7 @@ from llmnode.metrics import HostProbe, Meter, Metrics
 from llmnode.settings import Settings
 from llmnode.wire.errors import Overloaded
 from llmnode.wire.node import Load, Model, Report, State
+from llmnode.wire.resume import VERSION as RESUME_VERSION
 
 
 @dataclass(frozen=True)
@@ -42,15 +44,18 @@ class Served:
         """What compiles constraints for this vocabulary; made when the first request brings one."""
         return Grammars(self.backend.pieces, self.backend.end_tokens)
 
-    def prepare(self, request: ChatRequest | CompletionRequest) -> tuple[tuple[int, ...], Grammar | None]:
+    def prepare(self, request: ChatRequest | CompletionRequest, created: int) -> tuple[tuple[int, ...], Grammar | None]:
         """Ids of the prompt, and the constraint compiled. Raises InvalidRequest.
 
+        created: what the template takes for now, in seconds since the epoch. It sees UTC: another node, which may go on
+        with the answer, may be in another time zone.
         May take long (a foreign template, a long text, a large schema): call it off the event loop.
         """
         constraint = request.options.constraint
         grammar = None if constraint is None else self._compiled(constraint)
         if isinstance(request, ChatRequest):
-            return self._ids(self.template.render(request.messages)), grammar
+            now = datetime.fromtimestamp(created, timezone.utc)
+            return self._ids(self.template.render(request.messages, now)), grammar
         return self._ids(request.prompt) if isinstance(request.prompt, str) else request.prompt, grammar
 
     def _compiled(self, constraint: Constraint) -> Grammar:
@@ -120,7 +125,7 @@ class Serving:
         self.cut(why)
 
     def cut(self, why: str) -> None:
-        """End every answer under way with an error event."""
+        """End every answer under way: one that can be resumed is handed over, any other gets an error event."""
         for mailbox in tuple(self._mailboxes):
             mailbox.fail(Overloaded(why, code="node_stopping"))
 
@@ -167,10 +172,10 @@ class Serving:
                 served.engine.cancel(ticket)
 
     async def prepare(
-        self, served: Served, request: ChatRequest | CompletionRequest
+        self, served: Served, request: ChatRequest | CompletionRequest, created: int
     ) -> tuple[tuple[int, ...], Grammar | None]:
         """Token ids of a request and its compiled constraint, computed off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, served.prepare, request)
+        return await asyncio.get_running_loop().run_in_executor(self._executor, served.prepare, request, created)
 
     def rules(self, served: Served) -> Rules:
         settings = self.settings
@@ -213,6 +218,7 @@ class Serving:
             load=stats.load if stats else Load(slots=self.settings.slots),
             devices=served.backend.devices if served else (),
             host=self.probe.read(),
+            resume=RESUME_VERSION,
         )
 
     def _model(self, served: Served | None) -> Model:
@@ -222,7 +228,8 @@ class Serving:
             aliases=self.settings.aliases,
             state=state,
             n_ctx=served.backend.room.n_ctx if served else self.settings.n_ctx,
-            template="default" if served and served.template.is_default else "model" if served else "",
+            template=_described(served.template) if served else "",
+            digest=served.backend.info.digest if served else "",
         )
 
     def status_line(self) -> str:
@@ -235,3 +242,7 @@ class Serving:
         load = stats.load
         rate = load.decode_tps if load.running else 0.0
         return f"{self.state.value}: {load.running} running, {load.waiting} waiting, {rate:.1f} tokens/s"
+
+
+def _described(template: ChatTemplate) -> str:
+    return f"{'default' if template.is_default else 'model'}:{template.fingerprint}"

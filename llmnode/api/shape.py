@@ -56,6 +56,11 @@ class LogprobWriter:
             "text_offset": [self._place(one.token) for one in logprobs],
         }
 
+    def skip(self, tokens: Sequence[int]) -> None:
+        """These tokens were reported elsewhere; what is written next comes after them."""
+        for token in tokens:
+            self._place(token)
+
     def _entry(self, one: Logprob) -> dict[str, Any]:
         top = [self._named(token, logprob) for token, logprob in one.top]
         return {**self._named(one.token, one.logprob), "top_logprobs": top}

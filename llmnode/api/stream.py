@@ -6,21 +6,27 @@ fewer chunks, never a stall of the engine. What a mailbox can hold is bounded by
 
 This path is walked at every token, on the thread that shares the processor with the model: what is the same in every
 chunk of a stream is written once, and only the text between is encoded anew. Knows nothing of Sanic.
+
+A stream that can be resumed has a commit marker behind what each group of tokens came to (wire/resume.py). Frames and
+their marker leave in one piece, and frames only where there are ids to confirm them: so whatever a reader holds up to
+the last marker is what these ids say, the chunk that says who speaks included.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Collection, Sequence
 from dataclasses import dataclass, field
 from json.encoder import encode_basestring
+from typing import Any, Protocol
 
 from llmnode.api.shape import Answer, LogprobWriter, Shape
 from llmnode.engine.types import Done, Event, Failed, Logprob, Text
 from llmnode.metrics import total
 from llmnode.wire import sse
-from llmnode.wire.errors import ApiError
+from llmnode.wire.errors import ApiError, Overloaded
 from llmnode.wire.node import Usage
+from llmnode.wire.resume import HANDOVER, marker
 
 _MARK = "\0"
 
@@ -139,13 +145,31 @@ class Style:
     keepalive_s: float = 10.0
 
 
-class Chunks:
-    """The bytes of one stream's chunks. `writers`: one for each choice, where logprobs were asked for."""
+class Teller(Protocol):
+    """Writes down what comes of the choices, and what ends it all. Empty bytes: nothing to say now."""
 
-    def __init__(self, shape: Shape, style: Style, writers: Sequence[LogprobWriter] = ()) -> None:
+    def piece(self, index: int, text: str, logprobs: Sequence[Logprob] = ()) -> bytes: ...
+
+    def last(self, index: int, end: Done) -> bytes: ...
+
+    def end(self, usage: Usage) -> bytes: ...
+
+
+class Chunks:
+    """The bytes of one stream's chunks.
+
+    writers: one for each choice, where logprobs were asked for.
+    begun: choices of which some is out already, so that it is known who speaks.
+    """
+
+    def __init__(
+        self, shape: Shape, style: Style, writers: Sequence[LogprobWriter] = (), begun: Collection[int] = ()
+    ) -> None:
         self._shape = shape
+        self._style = style
         self._usage = {"usage": None} if style.include_usage else {}
         self._writers = writers
+        self._begun = begun
         self._around: dict[int, tuple[bytes, bytes]] = {}
 
     def piece(self, index: int, text: str, logprobs: Sequence[Logprob] = ()) -> bytes:
@@ -166,17 +190,75 @@ class Chunks:
     def last(self, index: int, end: Done) -> bytes:
         return sse.event({**self._shape.last(index, end.finish), **self._usage})
 
+    def end(self, usage: Usage) -> bytes:
+        return sse.event(self._shape.usage(usage)) if self._style.include_usage else b""
+
     def _begin(self, index: int) -> bytes:
         example = sse.event({**self._shape.piece(index, _MARK), **self._usage})
         head, _, tail = example.partition(_literal(_MARK))
         self._around[index] = head, tail
-        first = self._shape.first(index)
+        first = None if index in self._begun else self._shape.first(index)
         return b"" if first is None else sse.event({**first, **self._usage})
 
 
 def _literal(text: str) -> bytes:
     """A text as the JSON of an event spells it."""
     return sse.event(text)[len(b"data: ") : -len(b"\n\n")]
+
+
+class Body:
+    """An answer that its client does not stream, inside a stream that can be resumed: one event, at the end.
+
+    write: makes the body of the answers, in the order of their choices.
+    """
+
+    def __init__(self, write: Callable[[Sequence[Answer], Usage], dict[str, Any]]) -> None:
+        self._write = write
+        self._texts: dict[int, list[str]] = {}
+        self._logprobs: dict[int, list[Logprob]] = {}
+        self._answers: dict[int, Answer] = {}
+
+    def piece(self, index: int, text: str, logprobs: Sequence[Logprob] = ()) -> bytes:
+        self._texts.setdefault(index, []).append(text)
+        self._logprobs.setdefault(index, []).extend(logprobs)
+        return b""
+
+    def last(self, index: int, end: Done) -> bytes:
+        self._answers[index] = Answer("".join(self._texts[index]), end.finish, tuple(self._logprobs[index]))
+        return b""
+
+    def end(self, usage: Usage) -> bytes:
+        return sse.event(self._write([answer for _, answer in sorted(self._answers.items())], usage))
+
+
+class Marks:
+    """The commit markers of one answer.
+
+    committed: for each choice the ids that are out already.
+    retold: whether the events begin with these ids all the same.
+    """
+
+    def __init__(self, committed: Sequence[Sequence[int]], *, retold: bool = False) -> None:
+        self._out = [len(ids) for ids in committed]
+        self._heard = [0 if retold else size for size in self._out]
+
+    def behind(self, index: int, ids: Sequence[int]) -> bytes:
+        """The marker for these ids, which come after those of the calls before; nothing where all are out already."""
+        self._heard[index] += len(ids)
+        new = self._heard[index] - self._out[index]
+        if new <= 0:
+            return b""
+        self._out[index] += new
+        return marker(index, self._out[index], ids[-new:])
+
+
+@dataclass(frozen=True)
+class Telling:
+    """How a stream is told. `marks`: of one that can be resumed."""
+
+    teller: Teller
+    style: Style
+    marks: Marks | None = None
 
 
 class Silence:
@@ -206,51 +288,69 @@ class Silence:
         self._timer = self._loop.call_later(left, self._due)
 
 
-async def frames(
-    mailbox: Mailbox, shape: Shape, style: Style, writers: Sequence[LogprobWriter] = ()
-) -> AsyncGenerator[bytes, None]:
+async def frames(mailbox: Mailbox, telling: Telling) -> AsyncGenerator[bytes, None]:
     """The bytes of a stream, from its first event or keepalive to `[DONE]`.
 
-    An ApiError raised before anything was yielded can still become a status; a later failure is yielded as an error
-    event, after which the stream ends without `[DONE]`.
+    An ApiError raised before anything was yielded can still become a status. A later failure is yielded as an error
+    event, after which the stream ends without `[DONE]`; where another node could do better, a stream that can be
+    resumed is handed over instead.
     """
-    chunks = Chunks(shape, style, writers)
+    teller, marks = telling.teller, telling.marks
     ends: list[Done] = []
     started = False
-    silence = Silence(asyncio.get_running_loop(), style.keepalive_s, mailbox.ring)
+    silence = Silence(asyncio.get_running_loop(), telling.style.keepalive_s, mailbox.ring)
     try:
         while len(ends) < mailbox.choices:
             events = await mailbox.take()
             silence.heard()
             if len(events) == 1 and isinstance(event := events[0][1], Text):  # what nearly every token comes to
                 started = True
-                yield chunks.piece(events[0][0], event.text, event.logprobs)
+                index = events[0][0]
+                piece = teller.piece(index, event.text, event.logprobs)
+                yield piece if marks is None else piece + marks.behind(index, event.ids)
                 continue
             parts, error = _sort(events)
             if error is not None and not started:
                 raise error
+            ids = None if marks is None else _ids(events)
             out = [] if events else [sse.KEEPALIVE]
             for index, part in parts.items():
-                out.append(chunks.piece(index, "".join(part.texts), part.logprobs))
                 if part.end is not None:
-                    out.append(chunks.last(index, part.end))
                     ends.append(part.end)
+                if ids is not None and not ids[index]:
+                    continue  # an end that was told before this node went on with it
+                out.append(teller.piece(index, "".join(part.texts), part.logprobs))
+                if part.end is not None:
+                    out.append(teller.last(index, part.end))
+                if marks is not None and ids is not None:
+                    out.append(marks.behind(index, ids[index]))
             if error is not None:
-                out.append(error_event(error))
+                handed_over = marks is not None and isinstance(error, Overloaded)
+                out.append(HANDOVER if handed_over else error_event(error))
             elif len(ends) == mailbox.choices:
-                out += _ending(ends, shape, style)
-            started = True
-            yield b"".join(out)
+                out += _ending(ends, telling)
+            if said := b"".join(out):
+                started = True
+                yield said
             if error is not None:
                 return
     finally:
         silence.end()
 
 
-def _ending(ends: Sequence[Done], shape: Shape, style: Style) -> list[bytes]:
+def _ids(events: Sequence[tuple[int, Event]]) -> dict[int, list[int]]:
+    """The ids of each choice that these events stand for."""
+    found: dict[int, list[int]] = {}
+    for choice, event in events:
+        if not isinstance(event, Failed):
+            found.setdefault(choice, []).extend(event.ids)
+    return found
+
+
+def _ending(ends: Sequence[Done], telling: Telling) -> list[bytes]:
     usage = total([end.usage for end in ends])
-    out = [sse.event(shape.usage(usage))] if style.include_usage else []
-    if style.report_usage:
+    out = [telling.teller.end(usage)]
+    if telling.style.report_usage:
         out.append(sse.usage_comment(usage))
     return [*out, sse.DONE]
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
+from hashlib import blake2b
 from typing import Any, NoReturn
 
 import jinja2
@@ -34,11 +35,15 @@ class _Refused(Exception):
 
 
 class ChatTemplate:
-    """A compiled template. `clock` gives local time for `strftime_now`. Thread-safe; rendering may take long."""
+    """A compiled template. Thread-safe; rendering may take long.
+
+    clock: local time for `strftime_now`.       fingerprint: what tells it from another template, as hex.
+    """
 
     def __init__(self, source: str, *, bos: str = "", eos: str = "", clock: Callable[[], datetime] = datetime.now):
         self.source = source or CHATML
         self.is_default = not source
+        self.fingerprint = blake2b(self.source.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
         environment = ImmutableSandboxedEnvironment(
             trim_blocks=True, lstrip_blocks=True, extensions=["jinja2.ext.loopcontrols"]
         )
@@ -54,13 +59,15 @@ class ChatTemplate:
         except jinja2.TemplateError as error:
             raise TemplateError(f"the chat template does not compile: {error}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]]) -> str:
+    def render(self, messages: Sequence[Mapping[str, Any]], now: datetime | None = None) -> str:
         """The prompt for these messages, ready for the assistant's answer.
 
+        now: what `strftime_now` tells in place of the clock's time, so that another node renders the same prompt.
         Raises InvalidRequest naming `messages` when the template refuses them or cannot make sense of them.
         """
+        given: dict[str, Any] = {} if now is None else {"strftime_now": lambda form: now.strftime(form)}
         try:
-            return self._template.render(messages=[dict(m) for m in messages], add_generation_prompt=True)
+            return self._template.render(messages=[dict(m) for m in messages], add_generation_prompt=True, **given)
         except _Refused as refusal:
             raise InvalidRequest(
                 f"the model's chat template refuses these messages: {refusal}", param="messages"

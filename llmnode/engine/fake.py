@@ -51,10 +51,15 @@ class FakeBackend:
         can_cut: bool = True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
+        self._likely = np.full(256 + len(SPECIALS), 0.0 if not legible else -8.0, np.float32)
+        self._likely[256:] = -20.0
+        self._likely[END] = -1.0 if legible else 0.0
+        if legible:
+            self._likely[list(b" abcdefghijklmnopqrstuvwxyz ")] = 0.0
         self.info = ModelInfo(
             name="fake",
             architecture="fake",
-            n_vocab=256 + len(SPECIALS),
+            n_vocab=len(self._likely),
             n_ctx_train=room.n_ctx,
             n_params=0,
             size_bytes=0,
@@ -63,6 +68,7 @@ class FakeBackend:
             eos=SPECIALS[1],
             add_bos=True,
             cell_bytes=_CELL,
+            digest=blake2b(self._likely.tobytes(), digest_size=16).hexdigest(),  # all the weights there are
         )
         self.room = room
         self.can_cut = can_cut
@@ -70,11 +76,6 @@ class FakeBackend:
         self.end_tokens = frozenset({END})
         self.devices: tuple[Device, ...] = ()
         self._delay, self._sleep = step_delay_s, sleep
-        self._likely = np.full(self.info.n_vocab, 0.0 if not legible else -8.0, np.float32)
-        self._likely[256:] = -20.0
-        self._likely[END] = -1.0 if legible else 0.0
-        if legible:
-            self._likely[list(b" abcdefghijklmnopqrstuvwxyz ")] = 0.0
         # A cell is the hash of all tokens up to its position. Sharing a prefix shares the very same objects.
         self._cells: dict[int, list[bytes]] = {}
         self._holders: dict[int, int] = {}

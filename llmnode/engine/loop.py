@@ -163,8 +163,8 @@ class Engine:
 
     def submit(self, ask: Ask, sink: Sink) -> int:
         """Queue an ask and return its id. Raises before queueing: ContextLengthExceeded when the prompt leaves no room
-        for an answer, InvalidRequest for a prompt or limit that no model could take, Overloaded when the queue is full
-        or the engine has stopped."""
+        for an answer, InvalidRequest for a prompt, a limit or an answer so far that no model could take, Overloaded
+        when the queue is full or the engine has stopped."""
         room, prompt = self._backend.room, ask.prompt
         if not prompt:
             raise InvalidRequest("the prompt is empty; at least one token is needed", param="prompt")
@@ -448,40 +448,38 @@ class Engine:
             tokens: list[Drawn] = []
             for at in range(chunk.rows):
                 position = chunk.start + len(chunk.tokens) - chunk.rows + at
-                known = position + 1 < len(sequence.tokens)  # an answer that is gone on with: only its sampler hears it
+                known = sequence.sampled < len(sequence.ask.replayed)  # an answer that is gone on with
                 if sequence.sampler.plain and not known and math.isfinite(logits[row + at, best[row + at]]):
                     token: Drawn = best[row + at]
                     sequence.sampled += 1
                 else:
-                    token = self._draw(sequence, logits[row + at], best[row + at], known, position)
-                if known and isinstance(token, int):
-                    continue
+                    token = self._draw(sequence, logits[row + at], best[row + at], known)
+                if known and isinstance(token, int) and position + 1 < len(sequence.tokens):
+                    continue  # taken in already: only the sampler had to hear of it
                 tokens.append(token)
-                if at == chunk.rows - 1 or token != chunk.tokens[len(chunk.tokens) - guesses + at]:
+                if at == chunk.rows - 1 or not isinstance(token, int):
+                    break
+                if token != chunk.tokens[len(chunk.tokens) - guesses + at]:
                     break
             drawn.append(tokens)
             row += chunk.rows
         self._count.sample_s += self._clock() - began
         return drawn
 
-    def _draw(self, sequence: Sequence, row: NDArray[np.float32], best: int, known: bool, position: int) -> Drawn:
+    def _draw(self, sequence: Sequence, row: NDArray[np.float32], best: int, known: bool) -> Drawn:
         """Draw a token, or take the one that is known, and let the sampler hear of it."""
-        sampler = sequence.sampler
+        sampler, ask = sequence.sampler, sequence.ask
         try:
-            if known:
-                token = sequence.tokens[position + 1]
-            else:
-                drawn = sampler.draw(row, best, sequence.sampled)
-                if drawn is None:
-                    return ApiError("the model's output is not a number", code="model_failed")
-                token = drawn.token
-                if drawn.logprob is not None:
-                    sequence.logprobs.append(drawn.logprob)
-            sampler.accept(token, row)
+            drawn = sampler.draw(row, best, sequence.sampled, ask.replayed[sequence.sampled] if known else None)
+            if drawn is None:
+                return ApiError("the model's output is not a number", code="model_failed")
+            if drawn.logprob is not None and (ask.retold or not known):
+                sequence.logprobs.append(drawn.logprob)
+            sampler.accept(drawn.token, row)
         except DeadEnd as error:
             return error
         sequence.sampled += 1
-        return token
+        return drawn.token
 
     # Postprocess.
 
@@ -559,6 +557,7 @@ class Engine:
                 self._next_deadline = min(self._next_deadline, sequence.ask.deadline)
 
     def _finish(self, sequence: Sequence, finish: Finish, now: float) -> None:
+        self._say(sequence)
         admitted = now if sequence.admitted is None else sequence.admitted
         first = now if sequence.first is None else sequence.first
         usage = Usage(len(sequence.ask.prompt), sequence.cached or 0, sequence.answered)
@@ -568,9 +567,10 @@ class Engine:
         else:
             self._count.finished += 1
             self._hold_s += (now - admitted - self._hold_s) * (0.2 if self._hold_s else 1.0)
-        self._leave(sequence, Done(finish, usage, *times))
+        self._leave(sequence, Done(finish, usage, *times, ids=tuple(sequence.fresh)))
 
     def _fail(self, sequence: Sequence, error: ApiError) -> None:
+        self._say(sequence)
         self._count.failed += 1
         self._leave(sequence, Failed(error))
 
@@ -583,7 +583,6 @@ class Engine:
         elif ran:
             self._memory.abandon(sequence)
         del self._sequences[sequence.id]
-        self._say(sequence)
         self._out.append((sequence.sink, last))
         self._delivered = float("-inf")
         with self._door:

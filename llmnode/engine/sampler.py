@@ -90,15 +90,18 @@ class Sampler:
         """Whether the grammar allows nothing but an end of the answer."""
         return self._matcher is not None and self._matcher.finished
 
-    def draw(self, row: NDArray[np.float32], best: int, position: int) -> Drawn | None:
+    def draw(self, row: NDArray[np.float32], best: int, position: int, known: int | None = None) -> Drawn | None:
         """The token at `position` of the answer, from 0. Changes no state: asked again, it says the same.
 
         row: logits, shape (n_vocab,), not written to.      best: where the largest is, `row.argmax()`.
+        known: the token that was drawn here elsewhere, which is only reported.
         None when the row holds no usable number. Raises DeadEnd when grammar and bias together allow no token.
         """
         if not math.isfinite(row[best]):
             return None
-        token = best if self.plain else self._token(row, best, position)
+        token = known
+        if token is None:
+            token = best if self.plain else self._token(row, best, position)
         return Drawn(token, None if self._logprobs is None else _report(row, best, token, self._logprobs))
 
     def accept(self, token: int, row: NDArray[np.float32] | None = None) -> None:

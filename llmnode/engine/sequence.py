@@ -13,6 +13,7 @@ from llmnode.engine.lookup import Lookup
 from llmnode.engine.sampler import Sampler
 from llmnode.engine.text import TextStream
 from llmnode.engine.types import Ask, Finish, Logprob, Sink, Text
+from llmnode.wire.errors import InvalidRequest
 
 NOWHERE = -1
 
@@ -96,20 +97,28 @@ class Sequence:
         return None
 
     def replay(self) -> Finish | None:
-        """Take in `ask.replayed`, tokens of this answer that were generated elsewhere, without saying them again.
+        """Take in `ask.replayed`, tokens of this answer that were generated elsewhere, without saying them again unless
+        they are to be retold.
 
         Returns why they end the answer, if they do. A sampler that needs logits gets its part when these positions are
-        computed."""
-        finish = None
-        for token in self.ask.replayed:
-            if not self.ask.sampling.needs_replayed_logits:
+        computed. Where their logprobs are retold, the last one is left to be taken like a drawn one: an answer that it
+        ends must not end before they are there. Raises InvalidRequest when they go on past the answer's end."""
+        ask, finish = self.ask, None
+        for token in ask.replayed[:-1] if ask.retells_logprobs else ask.replayed:
+            if not ask.needs_replayed_logits:
                 self.sampler.accept(token)
                 self.sampled += 1
             finish = self.take(token)
             if finish is not None:
                 break
-        self.fresh.clear()
-        self.unsent.clear()
+        if finish is not None and self.answered < len(ask.replayed):
+            raise InvalidRequest(
+                f"the answer ends after {self.answered} of the {len(ask.replayed)} ids that it should go on from",
+                param="ids",
+            )
+        if not ask.retold:
+            self.fresh.clear()
+            self.unsent.clear()
         return finish
 
     def event(self) -> Text | None:

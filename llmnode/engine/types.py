@@ -85,6 +85,7 @@ class Ask:
         drawn token's own only.
     replayed: the first ids of the answer, generated elsewhere: they count as part of the answer (max_tokens, usage,
         stop strings, grammar, penalties) but are not emitted again.
+    retold: emit them all the same, with their text and logprobs, for a reader that has heard nothing yet.
     """
 
     prompt: tuple[int, ...]
@@ -96,6 +97,17 @@ class Ask:
     grammar: Grammar | None = None
     logprobs: int | None = None
     replayed: tuple[int, ...] = ()
+    retold: bool = False
+
+    @property
+    def retells_logprobs(self) -> bool:
+        """Whether replayed ids are reported with logprobs, which only their logits can tell."""
+        return self.retold and self.logprobs is not None
+
+    @property
+    def needs_replayed_logits(self) -> bool:
+        """Whether the positions of replayed ids must be computed, even where somebody else's cells hold them."""
+        return self.sampling.needs_replayed_logits or self.retells_logprobs
 
 
 class Finish(str, Enum):
@@ -132,13 +144,17 @@ class Text:
 
 @dataclass(frozen=True)
 class Done:
-    """The answer ended well. Seconds: `queued` until a slot was free, `prefill` from then to the first token."""
+    """The answer ended well. Seconds: `queued` until a slot was free, `prefill` from then to the first token.
+
+    ids: tokens since the last `Text`, which had no text to tell; most often the one that ended the answer.
+    """
 
     finish: Finish
     usage: Usage
     queued_s: float
     prefill_s: float
     decode_s: float
+    ids: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -220,6 +236,7 @@ class ModelInfo:
 
     cell_bytes: what one token takes in the cache, 0 when unknown.
     window: how many of the last tokens its sliding-window layers can see; 0 when it has none.
+    digest: what tells its weights from another model's, as hex; empty when unknown.
     """
 
     name: str
@@ -234,3 +251,4 @@ class ModelInfo:
     add_bos: bool
     cell_bytes: int = 0
     window: int = 0
+    digest: str = ""

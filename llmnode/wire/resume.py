@@ -3,11 +3,20 @@
 1. The gate sends `x-llmrack-resumable` with `Fixed`: the parts of an answer that would differ on another node.
 2. The node answers as an event stream, whether the client asked for one or not. After the frames of each step comes a
    commit marker, an SSE comment `: t CHOICE COUNT id,id...`: with these ids, COUNT ids of that choice are out, and all
-   frames before the marker say what they say, no more and no less. The last id of a choice that has ended is among
-   them, so that its end is committed like its text. An answer that the client does not stream comes as one event that
-   holds the whole body, before `[DONE]`.
+   frames before the marker say what they say, no more and no less.
 3. A node that must stop says `: handover` instead of going on. Then, or when it dies or goes silent, the gate sends
    `Resume` to `POST /resume` of another node, which replays the ids without saying them again and goes on.
+
+Which frames an id stands for:
+- its text and logprobs, as far as the ids up to it make them certain;
+- the first one of a choice also for the chunk that says who speaks: a choice without ids has not been introduced, and
+  one with ids is never introduced again;
+- the last one also for the chunk that says how the choice ended: ids that end a choice say that its end is out, and
+  nothing more comes of it.
+So no frame of a choice comes without an id, and a node sends no marker without one. Comments are not content. What
+comes after the last choice has ended has no marker: the usage chunk, the whole body of an answer that the client does
+not stream (one event, of which until then only the markers come), the usage comment. It is out when `[DONE]` is, and
+whoever resumes with all ids says it all again. Such a body holds the whole text, whichever node began it.
 
 The markers are the gate's; no client sees them. A line that begins with a colon cannot come out of JSON data.
 """
@@ -23,8 +32,11 @@ VERSION = 1
 """Of the resume format: a node serves those that speak the same one."""
 PATH = "/resume"
 HANDOVER = b": handover\n\n"
+LONGEST_HEAD = 16 * 1024 * 1024
+"""Bytes of the first line of a `Resume`: about two million ids."""
 _MARK = b": t "
-_LONGEST_HEAD = 16 * 1024 * 1024
+_LAST_SECOND = 253_402_300_799
+"""Of the year 9999: the calendar that templates see ends there."""
 _ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_")
 
 
@@ -61,7 +73,7 @@ class Fixed:
         """Raises ValueError that names what is wrong."""
         if not isinstance(id, str) or not 1 <= len(id) <= 64 or not _ID_CHARACTERS.issuperset(id):
             raise ValueError(f"id must be 1-64 characters of [A-Za-z0-9_-], got {id!r}")
-        if not _is_whole(created) or created > 2**53:
+        if not _is_whole(created) or created > _LAST_SECOND:
             raise ValueError(f"created must be whole seconds since the epoch, got {created!r}")
         if not _is_whole(seed) or seed > 2**32 - 2:
             raise ValueError(f"seed must be from 0 to {2**32 - 2}, got {seed!r}")
@@ -101,7 +113,7 @@ class Resume:
     def parse(cls, data: bytes) -> Resume:
         """Raises ValueError that names what is wrong."""
         head, line, body = data.partition(b"\n")
-        if not line or len(head) > _LONGEST_HEAD:
+        if not line or len(head) > LONGEST_HEAD:
             raise ValueError("must be a line of JSON and the original body")
         try:
             fields = json.loads(head)
@@ -131,7 +143,7 @@ class Marker:
 
 
 def marker(choice: int, count: int, ids: Iterable[int]) -> bytes:
-    """The commit marker as a frame. An empty `ids` confirms frames that no new id stands behind."""
+    """The commit marker as a frame."""
     return b": t %d %d %s\n\n" % (choice, count, ",".join(map(str, ids)).encode())
 
 

@@ -62,7 +62,7 @@ class Answer:
 
     @property
     def ids(self) -> tuple[int, ...]:
-        return tuple(id for event in self.events if isinstance(event, Text) for id in event.ids)
+        return tuple(id for event in self.events if isinstance(event, Text | Done) for id in event.ids)
 
 
 def until(condition: Callable[[], Any]) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import random
+from dataclasses import replace
 
 import pytest
 
@@ -11,7 +12,7 @@ from llmnode.engine.fake import FakeBackend
 from llmnode.engine.grammar import Grammars
 from llmnode.engine.loop import Limits
 from llmnode.engine.text import TextStream
-from llmnode.engine.types import Ask, Finish, Sampling
+from llmnode.engine.types import Ask, Finish, Logprob, Sampling, Text
 from llmnode.wire.errors import InvalidRequest
 from tests.node.engine_rig import Answer, running
 
@@ -109,6 +110,62 @@ def test_a_stop_text_across_the_cut_is_found() -> None:
         assert uncut.text.endswith(rest.text) and len(rest.text) >= len(uncut.text) - cut
         assert rest.done.finish is Finish.STOP
         assert rest.done.usage == uncut.done.usage
+
+
+def reported(answer: Answer) -> list[Logprob]:
+    return [entry for event in answer.events if isinstance(event, Text) for entry in event.logprobs]
+
+
+@pytest.mark.parametrize("logprobs", [None, 2])
+def test_an_answer_that_is_retold_is_whole_from_every_cut(logprobs: int | None) -> None:
+    backend = FakeBackend(ROOM)
+    grammar = Grammars(backend.pieces, backend.end_tokens).gbnf('root ::= [a-f]{9} "."')
+    base = Ask(PROMPT, Sampling(seed=5), 24, logprobs=logprobs, ignore_eos=True)
+    asks = [
+        base,
+        replace(base, sampling=SAMPLINGS["mirostat 2"]),
+        replace(base, sampling=Sampling(seed=5, logit_bias=((257, 3.0),)), ignore_eos=False),  # ends by itself
+        replace(base, grammar=grammar),
+        replace(base, grammar=grammar, stop=("d", "e")),
+    ]
+    for ask in asks:
+        uncut = whole(ask)
+        for cut in range(len(uncut.ids) + 1):
+            again = whole(replace(ask, replayed=uncut.ids[:cut], retold=True))
+            assert (again.text, again.ids) == (uncut.text, uncut.ids), cut
+            assert again.done.finish is uncut.done.finish
+            assert again.done.usage.completion_tokens == uncut.done.usage.completion_tokens
+            assert reported(again) == reported(uncut)
+            assert len(reported(again)) == (0 if logprobs is None else len(uncut.ids))
+
+
+def test_the_id_that_ends_an_answer_is_told_though_it_has_no_text() -> None:
+    answer = whole(Ask(PROMPT, Sampling(temperature=0, logit_bias=((257, 100.0),)), 24))
+    assert (answer.text, answer.ids, answer.done.finish) == ("", (257,), Finish.STOP)
+
+
+def test_ids_past_the_end_of_an_answer_are_refused() -> None:
+    ids = whole(Ask(PROMPT, Sampling(seed=1), 30, ignore_eos=True)).ids
+    for ask in (
+        Ask(PROMPT, Sampling(seed=1), 30, replayed=(*ids[:5], 257, 97)),
+        Ask(PROMPT, Sampling(seed=1), 30, replayed=(*ids[:5], 257, 97), retold=True, logprobs=0),
+        Ask(PROMPT, Sampling(seed=1), 30, (spoken(ids)[3:6],), replayed=ids[:7], ignore_eos=True),
+    ):
+        with running(FakeBackend(ROOM)) as engine, pytest.raises(InvalidRequest, match="ends after 6 of the 7 ids"):
+            engine.submit(ask, Answer())
+
+
+@pytest.mark.parametrize("sampling", [Sampling(seed=1), SAMPLINGS["mirostat 2"]])
+def test_ids_that_the_grammar_does_not_allow_fail_that_answer_alone(sampling: Sampling) -> None:
+    backend = FakeBackend(ROOM)
+    grammar = Grammars(backend.pieces, backend.end_tokens).gbnf('root ::= "a"+ "."')
+    wrong = Ask(PROMPT, sampling, 30, grammar=grammar, replayed=tuple(b"aaXaa"), retold=True, logprobs=1)
+    with running(backend) as engine:
+        broken, other = Answer(), Answer()
+        engine.submit(wrong, broken)
+        engine.submit(Ask(PROMPT, sampling, 5, ignore_eos=True), other)
+        assert broken.error.code == "dead_end"
+        assert other.done.finish is Finish.LENGTH
 
 
 @pytest.mark.parametrize("replayed", [(1,) * 11, (999,), (-1,)])

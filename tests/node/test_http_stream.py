@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import json
 from collections.abc import AsyncGenerator, Coroutine, Sequence
 from typing import Any, TypeVar
@@ -11,16 +12,18 @@ import pytest
 
 from llmnode.api import stream
 from llmnode.api.shape import LogprobWriter, Shape
-from llmnode.api.stream import Mailbox, Style
+from llmnode.api.stream import Chunks, Mailbox, Marks, Style, Telling
 from llmnode.engine.types import Done, Event, Failed, Finish, Logprob, Text
 from llmnode.wire import sse
-from llmnode.wire.errors import ApiError, Overloaded
+from llmnode.wire.errors import ApiError, DeadlineExceeded, Overloaded
 from llmnode.wire.node import Usage
+from llmnode.wire.resume import HANDOVER, read_marker
 
 T = TypeVar("T")
 CHAT, TEXT = Shape("id", 1, "m", chat=True), Shape("id", 1, "m", chat=False)
 PLAIN = Style(include_usage=False, report_usage=False)
 PIECES = [b"a", b"b", b"c"]
+IMPATIENT = Style(include_usage=False, report_usage=False, keepalive_s=0.01)
 
 
 def say(text: str, *ids: int) -> Text:
@@ -53,13 +56,15 @@ def payloads(frames: Sequence[bytes]) -> list[Any]:
 
 
 def streamed(batches: Sequence[Sequence[tuple[int, Event]]], shape: Shape = CHAT, style: Style = PLAIN,
-             choices: int = 1, top: int | None = None) -> list[bytes]:  # fmt: skip
+             choices: int = 1, top: int | None = None, marks: Marks | None = None) -> list[bytes]:  # fmt: skip
     """The frames of a stream whose reader sees the events in these batches."""
 
     async def main() -> list[bytes]:
         box = mailbox(choices)
         writers = [LogprobWriter(PIECES, chat=shape.chat, top=top) for _ in range(choices)] if top is not None else []
-        reader = asyncio.ensure_future(collect(stream.frames(box, shape, style, writers)))
+        reader = asyncio.ensure_future(
+            collect(stream.frames(box, Telling(Chunks(shape, style, writers), style, marks)))
+        )
         for batch in batches:
             await asyncio.sleep(0)
             await asyncio.sleep(0)
@@ -230,7 +235,7 @@ def test_a_reader_of_a_body_is_woken_once() -> None:
 def test_silence_is_broken_by_comments_which_do_not_end_the_stream() -> None:
     async def main() -> list[bytes]:
         box, got = mailbox(), []
-        async for frame in stream.frames(box, CHAT, Style(False, False, keepalive_s=0.01)):
+        async for frame in stream.frames(box, Telling(Chunks(CHAT, IMPATIENT), IMPATIENT)):
             got.append(frame)
             if len(got) == 3:
                 box.put(0, say("a", 0))
@@ -245,7 +250,7 @@ def test_silence_is_broken_by_comments_which_do_not_end_the_stream() -> None:
 def test_a_failure_after_a_comment_is_an_event() -> None:
     async def main() -> list[bytes]:
         box, got = mailbox(), []
-        async for frame in stream.frames(box, CHAT, Style(False, False, keepalive_s=0.01)):
+        async for frame in stream.frames(box, Telling(Chunks(CHAT, IMPATIENT), IMPATIENT)):
             got.append(frame)
             box.fail(Overloaded("full"))
         return got
@@ -301,3 +306,43 @@ def test_each_word_of_a_stream_is_heard(monkeypatch: pytest.MonkeyPatch) -> None
     monkeypatch.setattr(stream, "Silence", Recorder)
     streamed([[(0, say("a", 0))], [(0, say("b", 0))], [(0, done())]])
     assert len(heard) == 1 + 3
+
+
+def test_frames_and_their_marker_leave_in_one_piece() -> None:
+    end = dataclasses.replace(done(3), ids=(0,))
+    batches = [[(0, say("a", 0))], [(0, say("b", 1, 2)), (1, say("x", 2)), (0, say("c", 1))], [(1, end)], [(0, done())]]
+    pieces = streamed(batches, choices=2, marks=Marks([(), ()]))
+    assert pieces[0].endswith(b"\n\n: t 0 1 0\n\n")
+    assert pieces[1].endswith(b"\n\n: t 1 1 2\n\n")
+    assert b"\n\n: t 0 4 1,2,1\n\ndata: " in pieces[1]
+    last = pieces[2].split(b"\n\n")
+    assert b'"finish_reason":"stop"' in last[0]
+    assert last[1] == b": t 1 2 0"
+
+
+def test_a_choice_that_had_ended_elsewhere_is_not_ended_again() -> None:
+    batches = [[(0, done(2))], [(1, say("y", 1))], [(1, dataclasses.replace(done(2), ids=(2,)))]]
+    for order in (batches, [batches[1], batches[0], batches[2]], [[*batches[0], *batches[1], *batches[2]]]):
+        frames = b"".join(streamed(order, choices=2, marks=Marks([(5, 6), (7,)]))).split(b"\n\n")
+        assert [frame.count(b'"index":0') for frame in frames] == [0] * len(frames)
+        assert [frame for frame in frames if frame.startswith(b":")][-1] in (b": t 1 3 2", b": t 1 3 1,2")
+        assert frames[-2] == b"data: [DONE]"
+
+
+def test_ids_that_are_told_again_are_marked_once() -> None:
+    marks = Marks([(1, 2, 3), ()], retold=True)
+    assert [marks.behind(0, ids) for ids in ((1, 2), (3, 4, 5), (6,))] == [b"", b": t 0 5 4,5\n\n", b": t 0 6 6\n\n"]
+    assert marks.behind(1, (1,)) == b": t 1 1 1\n\n"
+
+
+def test_a_stream_that_can_be_resumed_is_handed_over_where_another_node_can_do_better() -> None:
+    for error in (Overloaded("stopping"), DeadlineExceeded("late")):
+        *_, last = streamed([[(0, say("a", 0))], [(0, say("b", 1)), (0, Failed(error))]], marks=Marks([()]))
+        text, mark, end = last.split(b"\n\n")[:3]
+        assert b'"b"' in text
+        assert read_marker(mark + b"\n\n")
+        assert (end + b"\n\n" == HANDOVER) == isinstance(error, Overloaded)
+        assert (b"timeout_error" in end) == isinstance(error, DeadlineExceeded)
+        assert last.count(b"\n\n") == 3
+    with pytest.raises(Overloaded):  # nothing is out: a status says it better
+        streamed([[(0, say("a", 0)), (0, Failed(Overloaded("stopping")))]], marks=Marks([()]))

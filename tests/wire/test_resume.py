@@ -47,6 +47,7 @@ def test_a_resume_is_read_as_it_was_written(rows: tuple[tuple[int, ...], ...], b
         ({"ids": None}, "ids"),
         ({"id": ""}, "id"),
         ({"created": 1.5}, "created"),
+        ({"created": 253_402_300_800}, "created"),
         ({"seed": 2**32 - 1}, "seed"),
     ],
 )

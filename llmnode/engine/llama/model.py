@@ -141,6 +141,7 @@ class Model:
             add_bos=api.llama_vocab_get_add_bos(vocab),
             cell_bytes=self._cell_bytes(architecture),
             window=api.llama_model_n_swa(model),
+            digest=fingerprint(self.path).hex(),
         )
 
     def is_recurrent(self) -> bool:
