@@ -205,6 +205,7 @@ class Gate:
         self._view.apply(Leased(leases.live(contents.leases, self._wall())))
 
     def _node_moved(self, node: Node) -> None:
+        self._metrics.transitions.labels(node.name, node.health.state.word).inc()
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
