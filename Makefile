@@ -40,8 +40,9 @@ format: $(STAMPS)/all ## let ruff format the code
 	@$(BIN)/ruff format .
 	@$(BIN)/ruff check --fix .
 
-docs: $(STAMPS)/run ## write docs/settings.md from the tables of settings
+docs: $(STAMPS)/run ## write docs/settings.md and docs/health.md from the tables in the code
 	@$(BIN)/python -m tests.settings_page
+	@$(BIN)/python -m tests.health_page
 
 lock: ## resolve the dependencies anew (needs uv)
 	@$(PYTHON) $(LOCKS)/lock.py

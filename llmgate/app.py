@@ -22,7 +22,8 @@ from sanic.server.async_server import AsyncioServer
 from llmgate.api import admin, errors, openai, probes
 from llmgate.api.door import Door
 from llmgate.core import leases
-from llmgate.core.fleet import Leased, Listed, View
+from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
+from llmgate.core.health import Rules
 from llmgate.ledger import Contents, Ledger, RequestLog, StoreError
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
@@ -77,7 +78,7 @@ class Gate:
         self._status = ""
         self._failure: BaseException | None = None
 
-        self._view = View()
+        self._view = View(Fleet(rules=Rules.of(settings)), self._node_moved)
         self._view.apply(Listed(addresses))
         self._ledger = Ledger(state_dir(settings), self._take_contents)
         self._door = Door(lambda: self._ledger.keyring, require_keys=settings.require_keys)
@@ -202,6 +203,10 @@ class Gate:
 
     def _take_contents(self, contents: Contents) -> None:
         self._view.apply(Leased(leases.live(contents.leases, self._wall())))
+
+    def _node_moved(self, node: Node) -> None:
+        self._metrics.transitions.labels(node.name, node.health.state.word).inc()
+        self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
         """Notice what changes without a request: other processes' writes, leases that end, a new nodes file."""

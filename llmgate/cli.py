@@ -190,10 +190,10 @@ async def _ask_all(settings: Settings, token: str, addresses: tuple[Address, ...
         try:
             status, _, body = await relay.fetch(address.url + "/node", timeout_s=settings.stale_after_s)
             if status != 200:
-                return Lost(address.name, f"GET /node answered {status}")
+                return Lost(address.name, f"GET /node answered {status}", 0.0)
             return Reported(address.name, Report.parse(json.loads(body)), 0.0)
         except (OSError, ValueError) as error:
-            return Lost(address.name, str(error))
+            return Lost(address.name, str(error), 0.0)
 
     try:
         events = await asyncio.gather(*map(ask, addresses))

@@ -13,6 +13,7 @@ from prometheus_client import CollectorRegistry, Counter, Histogram, generate_la
 from prometheus_client.core import GaugeMetricFamily, Metric
 
 from llmgate.core.fleet import Fleet
+from llmgate.core.health import Condition
 
 # From a warm prefix on a GPU to a long prompt on a CPU.
 _TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100)
@@ -31,6 +32,9 @@ class Metrics:
         )
         self.attempts = Counter(
             "llmgate_upstream_attempts", "Attempts at nodes", ["node", "outcome"], registry=self.registry
+        )
+        self.transitions = Counter(
+            "llmgate_node_transitions", "States of health that nodes came to", ["node", "to"], registry=self.registry
         )
         self.first_token = Histogram(
             "llmgate_time_to_first_token_seconds",
@@ -70,8 +74,16 @@ class _FleetGauges:
         yield nodes
         usable = GaugeMetricFamily("llmgate_node_usable", "1 when the node takes new work", labels=["node"])
         in_flight = GaugeMetricFamily("llmgate_in_flight", "Requests of this gate at a node now", labels=["node"])
+        health = GaugeMetricFamily("llmgate_node_state", "1 for the state of a node's health", labels=["node", "state"])
+        share = GaugeMetricFamily("llmgate_node_share", "How much of its slots is used by choice", labels=["node"])
         for node in fleet.nodes.values():
             usable.add_metric([node.name], float(node.standing(now, self._stale_after_s).usable))
             in_flight.add_metric([node.name], node.in_flight)
+            share.add_metric([node.name], node.share(now))
+            current = node.health.at(now).state
+            for condition in Condition:
+                health.add_metric([node.name, condition.word], float(current is condition))
         yield usable
         yield in_flight
+        yield health
+        yield share

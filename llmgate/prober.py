@@ -12,14 +12,18 @@ import logging
 from collections.abc import Callable
 from typing import Protocol
 
-from llmgate.core.fleet import Event, Fleet, Lost, Node, Reported
+from llmgate.core.fleet import Event, Fleet, Lost, Missed, Node, Reported
+from llmgate.core.health import Condition
 from llmnode.wire.node import Report
 
 log = logging.getLogger("llmgate.prober")
 
 
 class Fetch(Protocol):
-    """GET a URL with the fleet token -> (status, ETag or "", body). Raises OSError whose text is the reason."""
+    """GET a URL with the fleet token -> (status, ETag or "", body).
+
+    Raises OSError whose text is the reason, ConnectionRefusedError when no connection could be made.
+    """
 
     async def __call__(self, url: str, *, etag: str, timeout_s: float) -> tuple[int, str, bytes]: ...
 
@@ -41,7 +45,7 @@ class Prober:
         self._interval_s, self._stale_after_s = interval_s, stale_after_s
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._etags: dict[str, str] = {}
-        self._said: dict[str, tuple[str, bool]] = {}
+        self._said: dict[str, tuple[str, bool, bool]] = {}
 
     def follow(self) -> None:
         """Poll the nodes that are listed now: start what is new, end what is gone. Needs a running loop."""
@@ -64,7 +68,7 @@ class Prober:
         """Wait until every listed node has answered or failed once, or the time is up."""
         end = self._clock() + patience_s
         while self._clock() < end:
-            if all(node.report or node.lost for node in self._fleet().nodes.values()):
+            if all(node.health.since is not None for node in self._fleet().nodes.values()):
                 return
             await asyncio.sleep(0.01)
 
@@ -74,7 +78,7 @@ class Prober:
             node = self._fleet().nodes.get(name)
             if node is not None:
                 self._publish(await self._poll_safely(node))
-                self._say(name)
+                self.say(name)
             await asyncio.sleep(max(0.0, started + self._interval_s - self._clock()))
 
     async def _poll_safely(self, node: Node) -> Event:
@@ -83,38 +87,50 @@ class Prober:
             return await self._poll(node)
         except Exception as error:
             log.exception("polling node %s failed", node.name)
-            return Lost(node.name, f"polling it failed: {error!r}")
+            return Missed(node.name, f"polling it failed: {error!r}", self._clock())
 
     async def _poll(self, node: Node) -> Event:
         """One poll, as the event to publish."""
         known = self._etags.get(node.name, "") if node.report else ""
         try:
             status, etag, body = await self._fetch(node.url + "/node", etag=known, timeout_s=self._stale_after_s)
+        except ConnectionRefusedError as error:
+            return Lost(node.name, str(error), self._clock())
         except OSError as error:
-            return Lost(node.name, str(error))
+            return Missed(node.name, str(error), self._clock())
+        now = self._clock()
         if status == 304 and known:
-            return Reported(node.name, None, self._clock())
+            return Reported(node.name, None, now)
         if status == 401:
-            return Lost(node.name, "it refuses our fleet token (401)")
+            return Missed(node.name, "it refuses our fleet token (401)", now)
         if status != 200:
-            return Lost(node.name, f"GET /node answered {status}")
+            return Missed(node.name, f"GET /node answered {status}", now)
         try:
             report = Report.parse(json.loads(body))
         except (ValueError, RecursionError) as error:
-            return Lost(node.name, f"GET /node gave no report: {error}")
+            return Missed(node.name, f"GET /node gave no report: {error}", now)
         self._etags[node.name] = etag
-        return Reported(node.name, report, self._clock())
+        return Reported(node.name, report, now)
 
-    def _say(self, name: str) -> None:
-        """Log a node's standing when it has changed."""
+    def say(self, name: str) -> None:
+        """Log a node's standing when it has changed. Of a node on trial only the trial itself, not each request."""
         node = self._fleet().nodes.get(name)
         if node is None:
             return
-        standing = node.standing(self._clock(), self._stale_after_s)
-        if self._said.get(name) == (standing.state, standing.usable):
+        now = self._clock()
+        standing = node.standing(now, self._stale_after_s)
+        slow = standing.full and node.health.at(now).state is Condition.SLOW_START
+        trial = standing.state == "half-open" and not node.lease
+        said, self._said[name] = self._said.get(name), (standing.state, standing.usable or trial, slow)
+        if said == self._said[name]:
             return
-        self._said[name] = (standing.state, standing.usable)
-        if standing.usable:
+        if trial:
+            log.warning("node %s is half open: one request at a time may try it", name)
+        elif slow:
+            log.info("node %s is up: ready at %s, starting slowly", name, node.url)
+        elif standing.usable and said == (standing.state, True, True):
+            log.info("node %s has its full share of the work", name)
+        elif standing.usable:
             log.info("node %s is up: ready at %s", name, node.url)
         else:
             log.warning("node %s takes no work: %s (%s)", name, standing.state, standing.why)

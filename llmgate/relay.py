@@ -119,14 +119,18 @@ class Relay:
         await self._http.aclose()
 
     async def fetch(self, url: str, *, etag: str = "", timeout_s: float) -> tuple[int, str, bytes]:
-        """GET with the fleet token, for polls -> (status, ETag or "", body). Raises ConnectionError with a reason."""
+        """GET with the fleet token, for polls -> (status, ETag or "", body).
+
+        Raises ConnectionRefusedError when no connection could be made, else ConnectionError; both say why.
+        """
         headers = self._authorization() | ({"if-none-match": etag} if etag else {})
         try:
             return await asyncio.wait_for(self._get(url, headers), timeout_s)
         except asyncio.TimeoutError:
             raise ConnectionError(f"no answer within {timeout_s:g} s") from None
         except _FAILURES as error:
-            raise ConnectionError(_reason(error)) from error
+            refused = isinstance(error.__cause__ or error, aiohttp.ClientConnectorError)
+            raise (ConnectionRefusedError if refused else ConnectionError)(_reason(error)) from error
 
     async def attempt(self, base: str, exchange: Exchange, client: Client) -> Outcome:
         """Send the request to one node and pass its answer on. Never raises but for cancellation by the client."""

@@ -41,6 +41,15 @@ class Settings:
     stale_after_s: float = setting(
         3.0, "a node whose last report is older takes no new work", unit="seconds", minimum=0.1
     )
+    eject_after: int = setting(
+        5, "requests that fail in a row before a node gets none for a while", minimum=1, maximum=1000
+    )
+    eject_s: float = setting(
+        5.0, "how long that is the first time; it doubles, up to 32 times as long", unit="seconds", minimum=0.05
+    )
+    slow_start_s: float = setting(
+        10.0, "how long a node that joins or comes back takes to its full share of work", unit="seconds", minimum=0
+    )
     connect_timeout_s: float = setting(3.0, "time to connect to a node", unit="seconds", minimum=0.05)
     stall_timeout_s: float = setting(
         30.0,

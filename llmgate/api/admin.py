@@ -15,6 +15,7 @@ from sanic.response import json as json_response
 from llmgate.api.door import Door
 from llmgate.core import keys, leases
 from llmgate.core.fleet import Lease, Node, View
+from llmgate.core.health import Health
 from llmgate.ledger import Ledger
 from llmnode.wire.errors import InvalidRequest, NotFound
 
@@ -77,7 +78,7 @@ def blueprint(
 
 
 def describe(node: Node, *, now: float, wall: float, stale_after_s: float) -> dict[str, Any]:
-    """A node as /admin/nodes shows it. `state` is the node's own; `usable` also counts drain leases."""
+    """A node as /admin/nodes shows it: `state` and `usable` count all there is to know, `health` its history alone."""
     standing = node.standing(now, stale_after_s)
     report = node.report
     return {
@@ -87,6 +88,7 @@ def describe(node: Node, *, now: float, wall: float, stale_after_s: float) -> di
         "why": standing.why,
         "usable": standing.usable,
         "in_flight": node.in_flight,
+        "health": describe_health(node.health.at(now), now),
         "lease": describe_lease(node.lease, wall) if node.lease else None,
         "boot": report.boot if report else "",
         "release": report.release if report else "",
@@ -94,6 +96,23 @@ def describe(node: Node, *, now: float, wall: float, stale_after_s: float) -> di
         "models": [dataclasses.asdict(model) for model in report.models] if report else [],
         "load": dataclasses.asdict(report.load) if report else None,
         "seen_seconds_ago": None if node.seen is None else round(now - node.seen, 3),
+    }
+
+
+def describe_health(health: Health, now: float) -> dict[str, Any]:
+    """A node's health as the admin API shows it: its state (docs/health.md), since when, and the breaker's numbers."""
+    return {
+        "state": health.state.word,
+        "why": health.why,
+        "since_seconds": None if health.since is None else round(now - health.since, 3),
+        "ends_in_seconds": None if health.until is None else round(health.until - now, 3),
+        "share": round(health.share(now), 3),
+        "failures_in_a_row": health.failures,
+        "recent_answered": sum(answered for _, answered in health.recent),
+        "recent_failed": sum(not answered for _, answered in health.recent),
+        "missed_polls": health.missed,
+        "ejections": health.ejections,
+        "level": health.level,
     }
 
 

@@ -17,8 +17,8 @@ from sanic import Blueprint, HTTPResponse, Request
 from sanic.response import json as json_response
 
 from llmgate.api.door import Door, request_id
-from llmgate.core import plan, policy
-from llmgate.core.fleet import Dispatched, Finished, Fleet, Lost, View
+from llmgate.core import evidence, plan, policy
+from llmgate.core.fleet import Dispatched, Finished, Fleet, View
 from llmgate.core.keys import Key, require_model
 from llmgate.core.plan import Kind, Outcome, Verdict
 from llmgate.core.policy import Ask, Choice
@@ -193,14 +193,15 @@ class Conversations:
         node = self._view.fleet.nodes.get(name)
         if node is None:
             return Outcome(Kind.UNREACHABLE, detail="it is no longer listed")
-        self._view.apply(Dispatched(name))
+        if not node.admits(self._clock()):
+            return Outcome(Kind.UNREACHABLE, detail="it was ejected, or another request is trying it")
+        self._view.apply(Dispatched(name, self._clock()))
+        turn = self._view.fleet.turns
         try:
             outcome = await self._relay.attempt(node.url, exchange, client)
         finally:
             self._view.apply(Finished(name))
-        if outcome.kind is Kind.UNREACHABLE:
-            # Others need not find this out one by one; the next good poll takes it back.
-            self._view.apply(Lost(name, outcome.detail))
+        self._view.apply(evidence.attempted(name, turn, outcome, self._clock()))
         return outcome
 
     async def _conclude(

@@ -1,22 +1,22 @@
 """The gate's view of its nodes: frozen snapshots, and the one function that makes the next from an event.
 
-Owns what is known of each node: its last report, how long ago that was, what this gate has in flight there, and who
-has drained it. Refuses to know how any of it was found out. `now` is a monotonic clock in seconds throughout; leases
-carry wall-clock seconds, which only `leases.py` compares.
+Owns what is known of each node: its last report, how long ago that was, what this gate has in flight there, who has
+drained it, and its health, whose states and transitions are in `health.py`. Refuses to know how any of it was found
+out. `now` is a monotonic clock in seconds throughout; leases carry wall-clock seconds, which only `leases.py` compares.
 
-    listed ── Reported ──> what the report says (starting, loading, ready, draining, failed)
-      │                        │ Lost: the connection was refused or the answer was no report
-      │                        │ no news for longer than stale_after: stale
-      └──── Lost ────────> unreachable ── Reported ──> ...
+Of health this file decides what takes more than one node to see: a node that trips is ejected only if every model of
+its has another node in full service, and at most half of the model's nodes would then be out; and when a model has no
+node in full service left, those that are out but would do are called back.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
-from llmgate.settings import Address
+from llmgate.core.health import OUT, Condition, Health, Rules, Signal
+from llmgate.settings import Address, Settings
 from llmnode.wire.node import Model, Report, State
 
 
@@ -33,18 +33,27 @@ class Lease:
 
 @dataclass(frozen=True)
 class Standing:
-    """Where a node stands right now: `state` in one word, `usable` for new work, and why not."""
+    """Where a node stands right now: `state` in one word, `usable` for new work, and why not.
+
+    trial: usable for one request alone, which will tell whether it is well again.
+    """
 
     state: str
     usable: bool
     why: str
+    trial: bool = False
+
+    @property
+    def full(self) -> bool:
+        """Usable for any number of requests."""
+        return self.usable and not self.trial
 
 
 @dataclass(frozen=True)
 class Node:
     """One node as the gate knows it.
 
-    seen: when the last good report came; None before the first.    lost: why it cannot be reached; "" when it can.
+    seen: when the last good report came; None before the first.
     in_flight: requests of this gate there, from dispatch to the last body byte.
     counted: what `in_flight` was when the report came, so that work the report already counts is not counted twice.
     turn: the fleet's dispatch number when this node last got work; 0 for never.
@@ -54,16 +63,15 @@ class Node:
     url: str
     report: Report | None = None
     seen: float | None = None
-    lost: str = ""
+    health: Health = field(default_factory=Health)
     in_flight: int = 0
     counted: int = 0
     turn: int = 0
     lease: Lease | None = None
 
     def __repr__(self) -> str:
-        state = self.report.state.value if self.report else "unknown"
         lease = f", drained by {self.lease.owner}" if self.lease else ""
-        return f"<{self.name} {self.lost or state}, {self.busy}/{self.slots} busy{lease}>"
+        return f"<{self.name} {self.health.state.word}, {self.busy}/{self.slots} busy{lease}>"
 
     @property
     def slots(self) -> int:
@@ -79,19 +87,35 @@ class Node:
         return max(self.in_flight, reported + self.in_flight - self.counted)
 
     def standing(self, now: float, stale_after: float) -> Standing:
-        """Judge it at `now`: not heard of, unreachable, stale, what it says of itself, or drained."""
-        if self.lost:
-            return Standing("unreachable", False, self.lost)
-        if self.report is None or self.seen is None:
+        """Judge it at `now`: not heard of, unreachable, stale, what it says of itself, ejected, drained, or well."""
+        health = self.health.at(now)
+        if health.state is Condition.UNREACHABLE:
+            return Standing("unreachable", False, health.why)
+        if self.report is None or self.seen is None or health.heard is None:
             return Standing("unknown", False, "it has not answered yet")
-        if now - self.seen > stale_after:
+        if now - health.heard > stale_after:
             return Standing("stale", False, f"its last report is {now - self.seen:.1f} s old")
-        if self.report.state is not State.READY:
+        if health.state is Condition.AWAY:
             return Standing(self.report.state.value, False, self.report.why or f"it is {self.report.state.value}")
+        if health.state is Condition.EJECTED and health.until is not None:
+            return Standing("ejected", False, f"{health.why}; out for another {health.until - now:.1f} s")
+        word = "half-open" if health.state in OUT else "ready"
         if self.lease:
             reason = f": {self.lease.reason}" if self.lease.reason else ""
-            return Standing("ready", False, f"drained by {self.lease.owner}{reason}")
-        return Standing("ready", True, "")
+            return Standing(word, False, f"drained by {self.lease.owner}{reason}")
+        if health.state is Condition.PROBING:
+            return Standing(word, False, "one request is trying it")
+        if health.state is Condition.HALF_OPEN:
+            return Standing(word, True, f"one request may try it, since it was ejected: {health.why}", trial=True)
+        return Standing(word, True, "")
+
+    def share(self, now: float) -> float:
+        """How much of its slots to use, above 0 and up to 1, while it takes work: it starts slowly. It ranks only."""
+        return self.health.share(now)
+
+    def admits(self, now: float) -> bool:
+        """Whether a request that was routed here a moment ago may still be sent: its health may have changed since."""
+        return self.health.at(now).state not in (Condition.EJECTED, Condition.PROBING)
 
     def model(self, name: str) -> Model | None:
         """The model that it serves under this id or alias."""
@@ -116,11 +140,21 @@ class Reported:
 
 
 @dataclass(frozen=True)
-class Lost:
-    """A node refused the connection, broke it, or gave an answer that is no report."""
+class Missed:
+    """A poll brought no report, though the connection was not refused: it timed out, broke, or was no report."""
 
     name: str
     why: str
+    now: float
+
+
+@dataclass(frozen=True)
+class Lost:
+    """A poll could not connect to the node."""
+
+    name: str
+    why: str
+    now: float
 
 
 @dataclass(frozen=True)
@@ -128,6 +162,7 @@ class Dispatched:
     """A request of this gate went to the node."""
 
     name: str
+    now: float
 
 
 @dataclass(frozen=True)
@@ -138,21 +173,36 @@ class Finished:
 
 
 @dataclass(frozen=True)
+class Attempted:
+    """What such a request says of the node's health (evidence.py). `turn`: the fleet's `turns` at its dispatch."""
+
+    name: str
+    turn: int
+    signal: Signal
+    why: str
+    now: float
+
+
+@dataclass(frozen=True)
 class Leased:
     """The drain leases are now these, all of them."""
 
     leases: tuple[Lease, ...]
 
 
-Event = Listed | Reported | Lost | Dispatched | Finished | Leased
+Event = Listed | Reported | Missed | Lost | Dispatched | Finished | Attempted | Leased
 
 
 @dataclass(frozen=True)
 class Fleet:
-    """All nodes at one instant, by name. `turns` counts dispatches, to break ties by who rested longest."""
+    """All nodes at one instant, by name.
+
+    turns: counts dispatches, to tell who rested longest, and which answers are old news.     rules: those of health.
+    """
 
     nodes: Mapping[str, Node] = field(default_factory=dict)
     turns: int = 0
+    rules: Rules = field(default_factory=lambda: Rules.of(Settings()))
 
     def apply(self, event: Event) -> Fleet:
         """The fleet after the event. An event about a node that is not listed (any more) changes nothing."""
@@ -164,18 +214,23 @@ class Fleet:
         if node is None:
             return self
         turns = self.turns
-        if isinstance(event, Reported):
-            report = event.report or node.report
-            node = dataclasses.replace(node, report=report, seen=event.now, lost="", counted=node.in_flight)
-        elif isinstance(event, Lost):
-            node = dataclasses.replace(node, lost=event.why)
-        elif isinstance(event, Dispatched):
-            turns += 1
-            node = dataclasses.replace(node, in_flight=node.in_flight + 1, turn=turns)
-        else:
+        if isinstance(event, Finished):
             # `counted` stays: what was counted in the report and has ended since lowers the estimate by itself.
             node = dataclasses.replace(node, in_flight=max(0, node.in_flight - 1))
-        return Fleet({**self.nodes, node.name: node}, turns)
+            return self._with(node)
+        if isinstance(event, Reported):
+            node = self._reported(node, event)
+        elif isinstance(event, Missed):
+            node = self._told(node, Signal.MISSED, event.now, event.why)
+        elif isinstance(event, Lost):
+            node = self._told(node, Signal.GONE, event.now, event.why)
+        elif isinstance(event, Attempted):
+            node = self._attempted(node, event)
+        else:
+            turns += 1
+            node = dataclasses.replace(node, in_flight=node.in_flight + 1, turn=turns)
+            node = self._told(node, Signal.SENT, event.now)
+        return dataclasses.replace(self._with(node), turns=turns)._called_back(event.now)
 
     def models(self) -> dict[str, list[Node]]:
         """Every model id that some listed node last said it serves, with those nodes."""
@@ -197,26 +252,97 @@ class Fleet:
         """Nodes that have never reported, whose models nobody can know."""
         return [node.name for node in self.nodes.values() if node.report is None]
 
+    def _with(self, node: Node) -> Fleet:
+        return dataclasses.replace(self, nodes={**self.nodes, node.name: node})
+
+    def _told(self, node: Node, signal: Signal, now: float, why: str = "") -> Node:
+        health = node.health.after(signal, now, self.rules, turns=self.turns, why=why)
+        return dataclasses.replace(node, health=health)
+
+    def _reported(self, node: Node, event: Reported) -> Node:
+        report = event.report or node.report
+        if report is None:
+            return node
+        if node.report and node.report.boot != report.boot:
+            node = self._told(node, Signal.RENEWED, event.now)
+        ready = report.state is State.READY
+        node = self._told(node, Signal.READY if ready else Signal.AWAY, event.now, "" if ready else report.why)
+        return dataclasses.replace(node, report=report, seen=event.now, counted=node.in_flight)
+
+    def _attempted(self, node: Node, event: Attempted) -> Node:
+        if event.turn < node.health.counts_from:
+            return node
+        signal = event.signal
+        trips = signal is Signal.FAILED and node.health.would_trip(event.now, self.rules)
+        if trips and not self._can_spare(node, event.now):
+            signal = Signal.SPARED
+        return self._told(node, signal, event.now, event.why)
+
+    def _serving(self, model: str) -> list[Node]:
+        """The nodes that last said that they serve the model."""
+        return [node for node in self.nodes.values() if node.report and any(m.id == model for m in node.report.models)]
+
+    def _can_spare(self, node: Node, now: float) -> bool:
+        """Whether each of its models keeps a node in full service, and at least half of its nodes, without it."""
+        for model in node.report.models if node.report else ():
+            nodes = self._serving(model.id)
+            others = [other for other in nodes if other.name != node.name]
+            out = 1 + sum(other.health.at(now).state in OUT for other in others)
+            left = any(other.standing(now, self.rules.stale_after_s).full for other in others)
+            if not left or 2 * out > len(nodes):
+                return False
+        return True
+
+    def _called_back(self, now: float) -> Fleet:
+        """The fleet in which no model has nobody in full service while a node is kept out that would do."""
+        fleet = self
+        stale_after = self.rules.stale_after_s
+        for node in [node for node in self.nodes.values() if node.health.state in OUT]:
+            back = self._told(node, Signal.NEEDED, now)
+            if not back.standing(now, stale_after).full:
+                continue
+            for model in back.report.models if back.report else ():
+                if not any(other.standing(now, stale_after).full for other in fleet._serving(model.id)):
+                    fleet = fleet._with(back)
+        return fleet
+
     def _listed(self, addresses: Iterable[Address]) -> Fleet:
+        # Those of the first list may have served for long; whoever joins later starts slowly.
+        health = Health(Condition.JOINING if self.nodes else Condition.UNKNOWN, counts_from=self.turns + 1)
         nodes = {}
         for address in addresses:
             old = self.nodes.get(address.name)
             same = old is not None and old.url == address.url
             lease = old.lease if old else None
-            nodes[address.name] = old if old and same else Node(address.name, address.url, lease=lease)
-        return Fleet(nodes, self.turns)
+            new = Node(address.name, address.url, health=health, lease=lease)
+            nodes[address.name] = old if old and same else new
+        return dataclasses.replace(self, nodes=nodes)
 
     def _leased(self, leases: Iterable[Lease]) -> Fleet:
         held = {lease.node: lease for lease in leases}
         nodes = {n.name: dataclasses.replace(n, lease=held.get(n.name)) for n in self.nodes.values()}
-        return Fleet(nodes, self.turns)
+        return dataclasses.replace(self, nodes=nodes)
 
 
 class View:
-    """Holds the latest snapshot for one event loop. Readers take `.fleet` and never wait; writers apply events."""
+    """Holds the latest snapshot for one event loop. Readers take `.fleet` and never wait; writers apply events.
 
-    def __init__(self, fleet: Fleet | None = None) -> None:
+    `moved` is called with each node whose health has come to another state, once the snapshot shows it.
+    """
+
+    def __init__(self, fleet: Fleet | None = None, moved: Callable[[Node], None] | None = None) -> None:
         self.fleet = fleet or Fleet()
+        self._moved = moved
 
     def apply(self, event: Event) -> None:
-        self.fleet = self.fleet.apply(event)
+        before, self.fleet = self.fleet, self.fleet.apply(event)
+        if self._moved is None:
+            return
+        for node in self.fleet.nodes.values():
+            old = before.nodes.get(node.name)
+            if old and old is not node and _where(old) != _where(node):
+                self._moved(node)
+
+
+def _where(node: Node) -> tuple[Condition, float | None]:
+    return node.health.state, node.health.since

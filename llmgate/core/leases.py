@@ -55,7 +55,7 @@ def take(fleet: Fleet, node: Node, ask: DrainRequest, *, now: float, wall: float
     if held and held.owner != ask.owner and not ask.force:
         raise Conflict(f"the node {node.name} is already drained by {held.owner}", code="lease_held")
     # A node that takes no new work as it is leaves no gap: renewals and dead nodes are never refused for load.
-    if not ask.force and node.standing(now, stale_after).usable:
+    if not ask.force and node.standing(now, stale_after).full:
         _require_room(fleet, node, now, stale_after)
     return Lease(node.name, ask.owner, ask.reason, wall, None if ask.ttl_s is None else wall + ask.ttl_s)
 
@@ -80,7 +80,7 @@ def _require_room(fleet: Fleet, node: Node, now: float, stale_after: float) -> N
         others = [
             other
             for other in fleet.models()[model.id]
-            if other.name != node.name and other.standing(now, stale_after).usable
+            if other.name != node.name and other.standing(now, stale_after).full
         ]
         slots = sum(other.slots for other in others)
         load = node.busy + sum(other.busy for other in others)

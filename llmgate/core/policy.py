@@ -3,8 +3,9 @@
 A policy takes (fleet, ask, now, stale_after) and gives a `Choice`, never an error: whoever asks turns an empty one
 into an answer with `refusal`. The numbers that decided stay in the choice, for the request log.
 
-Least loaded: the share of its slots that a node has busy or asked for, `busy / slots`. Ties go to the node that has
-rested longest, then by name, so that the same snapshot always gives the same order.
+Least loaded: the share of its slots that a node has busy or asked for, `busy / slots`, where a node that starts slowly
+counts fewer slots. Ties go to the node that has rested longest, then by name, so that the same snapshot always gives
+the same order.
 """
 
 from __future__ import annotations
@@ -28,20 +29,24 @@ class Ask:
 
 @dataclass(frozen=True)
 class Candidate:
-    """One node that may answer: its load, and `n_ctx`, the most tokens that it lets one request hold (0: unknown)."""
+    """One node that may answer: its load, and `n_ctx`, the most tokens that it lets one request hold (0: unknown).
+
+    share: how much of its slots to use for now (`Node.share`); one of them at least.
+    """
 
     name: str
     busy: int
     slots: int
     n_ctx: int
     turn: int
+    share: float = 1.0
 
     @property
     def load(self) -> float:
-        return self.busy / self.slots
+        return self.busy / max(1.0, self.slots * self.share)
 
     def __str__(self) -> str:
-        return f"{self.name} {self.busy}/{self.slots}"
+        return f"{self.name} {self.busy}/{self.slots}" + (f" at {self.share:.0%}" if self.share < 1.0 else "")
 
 
 @dataclass(frozen=True)
@@ -104,7 +109,7 @@ def _candidates(
             continue
         model = node.model(ask.model)
         n_ctx = model.n_ctx if model else 0
-        found.append(Candidate(node.name, node.busy, node.slots, n_ctx, node.turn))
+        found.append(Candidate(node.name, node.busy, node.slots, n_ctx, node.turn, node.share(now)))
     return found, tuple(passed_over)
 
 

@@ -52,14 +52,14 @@ def test_what_remains_must_carry_the_load(running: dict[str, int], allowed: bool
 
 def test_drained_and_dead_nodes_are_not_counted_on() -> None:
     drained = fleet(a=0, b=0).apply(Leased((Lease("b", "x", "", WALL, None),)))
-    dead = fleet(a=0, b=0).apply(Lost("b", "gone"))
+    dead = fleet(a=0, b=0).apply(Lost("b", "gone", NOW))
     for made in (drained, dead):
         with pytest.raises(Conflict):
             take(made, "a")
 
 
 def test_a_dead_node_may_always_be_drained() -> None:
-    assert take(fleet(a=4, b=4).apply(Lost("a", "gone")), "a")
+    assert take(fleet(a=4, b=4).apply(Lost("a", "gone", NOW)), "a")
 
 
 def test_renewing_is_never_refused_for_load_and_never_by_another() -> None:

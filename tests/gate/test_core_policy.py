@@ -52,11 +52,11 @@ def ranked(made: Fleet, ask: Ask = ASK, now: float = NOW) -> list[str]:
         ((Reported("a", report(waiting=1), NOW),), "ba"),
         # Half of eight slots is less than three of four.
         ((Reported("a", report(slots=8, running=4), NOW), Reported("b", report(running=3), NOW)), "ab"),
-        ((Dispatched("a"),), "ba"),
-        ((Dispatched("a"), Dispatched("b")), "ab"),
+        ((Dispatched("a", NOW),), "ba"),
+        ((Dispatched("a", NOW), Dispatched("b", NOW)), "ab"),
         # Idle again: who rested longer comes first.
-        ((Dispatched("a"), Finished("a")), "ba"),
-        ((Dispatched("a"), Finished("a"), Dispatched("b"), Finished("b")), "ab"),
+        ((Dispatched("a", NOW), Finished("a")), "ba"),
+        ((Dispatched("a", NOW), Finished("a"), Dispatched("b", NOW), Finished("b")), "ab"),
         # A node that does not say how many slots it has is taken to have one.
         ((Reported("a", report(slots=0, running=1), NOW), Reported("b", report(running=3), NOW)), "ba"),
     ],
@@ -68,7 +68,7 @@ def test_the_least_loaded_comes_first(events: tuple[Event, ...], order: str) -> 
 @pytest.mark.parametrize(
     ("event", "why"),
     [
-        (Lost("a", "connection refused"), "connection refused"),
+        (Lost("a", "connection refused", NOW), "connection refused"),
         (Reported("a", report(State.DRAINING), NOW), "it is draining"),
         (Reported("a", report(State.LOADING), NOW), "it is loading"),
         (Reported("a", report(State.FAILED), NOW), "it is failed"),
@@ -103,10 +103,10 @@ def test_work_is_counted_once_from_dispatch_to_the_last_byte() -> None:
     made = fleet("a")
     busy = []
     for event in (
-        Dispatched("a"),  # 1: ours, not reported yet
-        Dispatched("a"),  # 2
+        Dispatched("a", NOW),  # 1: ours, not reported yet
+        Dispatched("a", NOW),  # 2
         Reported("a", report(running=2), NOW),  # 2: the report counts the same two
-        Dispatched("a"),  # 3: one more since
+        Dispatched("a", NOW),  # 3: one more since
         Finished("a"),  # 2
         Finished("a"),  # 1
         Reported("a", report(running=3), NOW),  # 3: two are another gate's
@@ -125,14 +125,14 @@ def test_an_unchanged_report_makes_a_node_fresh_again() -> None:
 
 
 def test_a_lost_node_comes_back_with_its_next_report() -> None:
-    made = fleet("a", events=(Lost("a", "gone"),))
+    made = fleet("a", events=(Lost("a", "gone", NOW),))
     assert ranked(made) == []
     assert ranked(made.apply(Reported("a", None, NOW))) == ["a"]
 
 
 def test_listing_again_keeps_what_is_known_unless_the_address_changed() -> None:
     lease = Lease("b", "bob", "", 0.0, None)
-    made = fleet("a", "b", "c", events=(Dispatched("a"), Leased((lease,))))
+    made = fleet("a", "b", "c", events=(Dispatched("a", NOW), Leased((lease,))))
     made = made.apply(Listed((Address("a", "http://a"), Address("b", "http://elsewhere"))))
     assert list(made.nodes) == ["a", "b"]
     assert made.nodes["a"].in_flight == 1
@@ -142,15 +142,15 @@ def test_listing_again_keeps_what_is_known_unless_the_address_changed() -> None:
 
 def test_events_about_strangers_change_nothing() -> None:
     made = fleet("a")
-    for event in (Reported("x", report(), NOW), Lost("x", ""), Dispatched("x"), Finished("x")):
+    for event in (Reported("x", report(), NOW), Lost("x", "", NOW), Dispatched("x", NOW), Finished("x")):
         assert made.apply(event) is made
 
 
 def test_a_snapshot_never_changes() -> None:
     made = fleet("a")
     before = repr(made.nodes["a"])
-    made.apply(Dispatched("a")).apply(Lost("a", "gone"))
-    assert repr(made.nodes["a"]) == before == "<a ready, 0/4 busy>"
+    made.apply(Dispatched("a", NOW)).apply(Lost("a", "gone", NOW))
+    assert repr(made.nodes["a"]) == before == "<a up, 0/4 busy>"
 
 
 def test_404_only_when_every_node_has_spoken() -> None:

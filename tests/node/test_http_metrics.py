@@ -64,7 +64,8 @@ def node_page(stats: Stats | None = None) -> bytes:
 def gate_page() -> bytes:
     fleet = Fleet().apply(Listed((Address("a", "http://a"),)))
     metrics = GateMetrics(lambda: fleet, lambda: 0.0, 3.0)
-    for metric in (metrics.requests, metrics.tokens, metrics.attempts, metrics.first_token, metrics.duration):
+    counters = (metrics.requests, metrics.tokens, metrics.attempts, metrics.transitions)
+    for metric in (*counters, metrics.first_token, metrics.duration):
         metric.labels(*["x"] * len(metric._labelnames))
     return metrics.text()
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import tomllib
 
-from tests import settings_page
+from tests import health_page, settings_page
 
 ROOT = Path(__file__).resolve().parents[2]
 LOCKS = sorted((ROOT / "requirements").glob("*.txt"))
@@ -48,6 +48,10 @@ def test_both_packages_stay_empty_at_their_root() -> None:
 
 def test_settings_in_the_docs_are_those_of_the_code() -> None:
     assert settings_page.PAGE.read_text() == settings_page.render(), "run `make docs`"
+
+
+def test_the_diagram_of_health_is_the_table_that_the_gate_runs() -> None:
+    assert health_page.PAGE.read_text() == health_page.render(), "run `make docs`"
 
 
 def test_every_make_target_is_listed_and_documented_ones_exist() -> None:
