@@ -142,7 +142,8 @@ def plan(settings: Settings) -> Planned:
     text = (
         f"{', '.join(chosen.devices)}, {chosen.threads} threads ({chosen.threads_batch} for prompts), "
         f"flash attention {'on' if chosen.flash_attention else 'off'}, "
-        f"keys {chosen.cache_type_k}, values {chosen.cache_type_v}"
+        f"keys {chosen.cache_type_k}, values {chosen.cache_type_v}, "
+        f"{'one cache for all sequences' if chosen.kv_unified else 'a part of the cache for each sequence'}"
     )
     return Planned(found.info, found.room, text, tuple(found.fit.lines()), found.fit.fits)
 
@@ -186,6 +187,7 @@ def _llama_options(settings: Settings, path: Path) -> LlamaOptions:
         cache_type_k=settings.cache_type_k,
         cache_type_v=settings.cache_type_v,
         swa_full=settings.swa_full,
+        kv_unified=settings.kv_unified,
         mmap=settings.mmap,
         mlock=settings.mlock,
         fit_check=settings.fit_check,
@@ -225,8 +227,9 @@ def _snapshot(settings: Settings, backend: Backend) -> Snapshot | None:
     if settings.prompt_cache_file is None:
         return None
     options = (settings.cache_type_k, settings.cache_type_v, settings.flash_attn, settings.swa_full, settings.backend)
+    parts = 1 if backend.room.unified else backend.room.sequences
     model = settings.model.stat() if settings.model else None
-    about = (backend.info, model and (model.st_size, model.st_mtime_ns), options, release())
+    about = (backend.info, model and (model.st_size, model.st_mtime_ns), options, parts, release())
     fingerprint = hashlib.sha256(repr(about).encode()).hexdigest()
     return Snapshot(settings.prompt_cache_file, settings.prompt_cache_file_bytes, fingerprint)
 

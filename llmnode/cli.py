@@ -63,7 +63,7 @@ def _check(settings: Settings, template: str | None) -> int:
         "fleet token": str(settings.fleet_token_file or "not needed on loopback"),
         "chat template": str(settings.chat_template_file or origin),
         "slots": f"{room.slots}, each with {room.n_ctx} tokens at most (trained for {info.n_ctx_train})",
-        "cache": f"{room.kv_cells} cells, for {room.sequences} sequences",
+        "cache": f"{room.kv_cells} cells, {'shared by' if room.unified else 'in parts for'} {room.sequences} sequences",
         "runs on": planned.chosen,
         "prompt cache": f"{app.limits(settings).host_bytes / 2**20:,.1f} MiB of host RAM at most, beside what follows",
     }

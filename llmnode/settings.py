@@ -38,6 +38,12 @@ class Settings:
     )
     slots: int = setting(4, "requests that are answered at the same time", minimum=1, maximum=256)
     kv_cells: int = setting(0, "tokens in the cache for all slots together; 0: slots x n_ctx", unit="tokens", minimum=0)
+    kv_unified: str = setting(
+        "auto",
+        "one cache that all slots share (on) or a part for each, which is faster (off); "
+        "auto: parted where kv_cells gives every slot its n_ctx",
+        choices=("auto", "on", "off"),
+    )
     n_batch: int = setting(512, "tokens computed in one step at most", unit="tokens", minimum=1)
     stall_ms: float = setting(
         100.0, "how long prompts may hold up running answers in each step", unit="milliseconds", minimum=1

@@ -4,8 +4,9 @@ Owns: the contract that `llama.py` and `fake.py` both keep, and the errors that 
 scheduling, text, and which of the two is behind the seam.
 
 A backend holds up to `room.sequences` token sequences in `room.kv_cells` cells. Sequences are numbered from 0; the
-cell of position p of a sequence exists once a decode that carried it has returned OK. Sequences may share cells
-(`seq_copy`). All methods but `tokenize` belong to one thread, the engine's.
+cell of position p of a sequence exists once a decode that carried it has returned OK. In a unified cache sequences may
+share cells (`seq_copy`); in a parted one each has a part of its own. All methods but `tokenize` belong to one thread,
+the engine's.
 """
 
 from __future__ import annotations
@@ -61,6 +62,9 @@ class Room:
     n_batch: tokens in one step.
     sequences: sequences that can be held, answered or idle; 0 in the constructor stands for `slots`.
     rows: rows of logits in one step; 0 in the constructor stands for `slots`.
+    unified: all sequences take their cells from one cache. Otherwise it is parted: each has kv_cells / sequences of its
+        own, at least n_ctx, a copy takes as many cells as its source, and a batch is computed in as many passes as its
+        sequences' numbers have gaps.
     """
 
     slots: int
@@ -69,6 +73,7 @@ class Room:
     n_batch: int
     sequences: int = 0
     rows: int = 0
+    unified: bool = True
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "sequences", self.sequences or self.slots)
@@ -81,6 +86,8 @@ class Room:
             raise ValueError(f"kv_cells ({self.kv_cells}) must be at least n_ctx ({self.n_ctx}): one full request")
         if self.sequences < self.slots or self.rows < self.slots:
             raise ValueError(f"sequences and rows of {self} must be at least its slots")
+        if not self.unified and self.kv_cells < self.sequences * self.n_ctx:
+            raise ValueError(f"kv_cells of {self} must be at least sequences x n_ctx: each has a part of its own")
 
 
 Saved = bytearray
@@ -134,7 +141,8 @@ class Backend(Protocol):
         ...
 
     def seq_copy(self, source: int, target: int, length: int) -> None:
-        """Give `target`, which must be empty, the first `length` positions of `source`, sharing their cells.
+        """Give `target`, which must be empty, the first `length` positions of `source`: in a unified cache by sharing
+        their cells, in a parted one by copying them.
 
         `seq_reusable(source, length)` must be true."""
         ...

@@ -95,7 +95,7 @@ class FakeBackend:
         size, rows = sum(len(chunk.tokens) for chunk in chunks), sum(chunk.rows for chunk in chunks)
         if not 0 < size <= self.room.n_batch or rows > self.room.rows or not all(map(self._is_good, chunks)):
             return BAD_BATCH
-        if len(self._holders) + size > self.room.kv_cells:
+        if len(self._holders) + size > self.room.kv_cells or not all(map(self._has_part, chunks)):
             return NO_ROOM
         self._rows = []
         for chunk in chunks:
@@ -131,7 +131,9 @@ class FakeBackend:
         return length <= self.seq_length(seq) if self.can_cut else length == self.seq_length(seq)
 
     def seq_copy(self, source: int, target: int, length: int) -> None:
-        self._cells[target] = self._cells[source][:length]
+        cells = self._cells[source][:length]
+        # Bytes made anew are other cells, though equal.
+        self._cells[target] = cells if self.room.unified else [bytes(bytearray(cell)) for cell in cells]
         for state in self._cells[target]:
             self._hold(state, +1)
 
@@ -158,6 +160,11 @@ class FakeBackend:
             and 0 <= chunk.rows <= len(chunk.tokens)
             and all(0 <= token < self.info.n_vocab for token in chunk.tokens)
         )
+
+    def _has_part(self, chunk: Chunk) -> bool:
+        """Whether the sequence's own part of a parted cache holds the chunk."""
+        room = self.room
+        return room.unified or chunk.start + len(chunk.tokens) <= room.kv_cells // room.sequences
 
     def _hold(self, cell: bytes, by: int) -> None:
         """Count the sequences that hold this very cell; it is free again when none does."""

@@ -260,7 +260,7 @@ class Engine:
         began = self._clock()
         plan = self._schedule(began)
         if plan.tokens:
-            self._step_deadline = began + self._pace.due(plan.tokens - plan.prefill, plan.prefill)
+            self._step_deadline = began + self._pace.due(plan.tokens - plan.prefill, plan.prefill, plan.depth)
             if self._decode_plan(plan):
                 drawn = self._sample(plan)
                 self._postprocess(plan, drawn)
@@ -308,9 +308,11 @@ class Engine:
     def _bounds(self) -> Bounds:
         room = self._backend.room
         decoding = sum(s.behind == 1 for s in self._scheduler.running if s.leader is None)
-        prefill = min(self._squeeze, self._pace.prefill_limit(decoding, room.n_batch))
+        prompt = self._scheduler.next_prompt(self._count.steps)
+        start = prompt.computed if prompt else 0
+        prefill = min(self._squeeze, self._pace.prefill_limit(decoding, room.n_batch, start))
         tokens = room.n_batch if self._squeeze >= room.n_batch else min(room.n_batch, decoding + self._squeeze)
-        return Bounds(tokens, prefill, room.rows, self._memory.wants_checkpoints)
+        return Bounds(tokens, prefill, room.rows, self._memory.wants_checkpoints, self._count.steps)
 
     def _admit(self, now: float) -> None:
         while True:
@@ -399,7 +401,7 @@ class Engine:
             return False
         for sequence, chunk in zip(plan.sequences, plan.chunks, strict=True):
             self._memory.grow(sequence, len(chunk.tokens))
-        self._pace.record(plan.tokens - plan.prefill, plan.prefill, took)
+        self._pace.record(plan.tokens - plan.prefill, plan.prefill, took, plan.depth)
         self._count.prompt_tokens += plan.prefill
         if plan.prefill:
             self._prefill.add(plan.prefill, max(took - self._pace.seconds(plan.tokens - plan.prefill), 0.1 * took))

@@ -23,6 +23,12 @@ side lie one by one. What would take longer
 to save and load than _CHANCE of what it takes to compute again is dropped instead. Both are measured: so it is with
 the smallest models only.
 
+In a parted cache (`Room.unified` off) each sequence has a part of its own. Nobody's cells are in another one's way
+there and there is always room, so nothing above about making room applies; what is scarce is numbers of sequences. A
+prefix is shared by copying it, where that is quicker than computing it. And answers whose numbers do not follow each
+other are computed in several passes over the weights: so when a gap stays open for _GAP_STEPS, the highest answer
+moves down into it.
+
 Where a long sequence does not stand for its prefixes (recurrent state cannot be cut, a sliding window has lost what it
 saw earlier), a prefix is used whole, and a checkpoint is kept of each prompt, one token before its end: there the same
 prompt, or another choice of it, can go on.
@@ -51,6 +57,8 @@ _LAG = 64
 _IDLE_TOKENS = 512
 _HOLES = 1024
 """Cells: fewer free ones below running sequences cost less than moving these down."""
+_GAP_STEPS = 4
+"""Steps for which a gap between running sequences may stay: somebody who waits may be about to fill it."""
 _CHANCE = 0.5
 """That a saved prefix is asked for again, for all we know."""
 _BYTES_PER_S, _LOOSE_S = 1e9, 10e-6
@@ -103,6 +111,8 @@ class Memory:
         self._unused = list(range(backend.room.sequences))
         self._drawn = 0
         self._holes = 0  # cells that came free below running sequences, about
+        self._unified = backend.room.unified
+        self._gap = 0  # steps for which running sequences have had gaps between them
         self.compute_s = 0.0  # seconds that prefill takes for a token; the loop keeps it up to date
         self._copying = Rate()  # bytes a second, to host RAM or back, where cells lie together
         self._loose_s = _LOOSE_S
@@ -142,12 +152,12 @@ class Memory:
 
     def open(self, sequence: Sequence) -> None:
         """Give the sequence a number and the longest prefix there is. Sets `seq`, `computed`, `leader`, `follow`."""
-        if not self._unused:
-            self.evict_one()
-        sequence.seq = heapq.heappop(self._unused)
-        self._live[sequence.seq] = sequence
         sequence.computed = sequence.loose = 0
         sequence.leader = None
+        if not self._unused:
+            self._evict_another(self._resident(sequence, sequence.rows_from)[0])
+        sequence.seq = heapq.heappop(self._unused)
+        self._live[sequence.seq] = sequence
         self.attach(sequence)
 
     def attach(self, sequence: Sequence) -> None:
@@ -181,7 +191,7 @@ class Memory:
         self.cells.grow(sequence.seq, count)
         self._holes = max(0, self._holes - count)
         sequence.computed += count
-        if count < _TOGETHER:
+        if count < _TOGETHER and self._unified:  # a part of its own is filled from its start
             sequence.loose += count
 
     def cut(self, sequence: Sequence, length: int) -> bool:
@@ -209,8 +219,7 @@ class Memory:
         if not self._unused and not self.evict_one():
             return
         copy = heapq.heappop(self._unused)
-        self._backend.seq_copy(sequence.seq, copy, sequence.computed)
-        self.cells.share(sequence.seq, copy, sequence.computed)
+        self._copy(sequence.seq, copy, sequence.computed)
         self._idle[copy] = Idle(sequence.tokens, sequence.computed, self._drawn, sequence.loose)
         self._index.insert(copy, sequence.tokens, sequence.computed)
 
@@ -265,6 +274,9 @@ class Memory:
         """`drawn` more tokens of running answers have passed over the idle prefixes: one that had enough of it leaves
         for host RAM. One in a step at most, so that a step is held up by one copy only."""
         self._drawn += drawn
+        if not self._unified:
+            self._close_gap()
+            return
         if self._idle and self.host.budget:
             seq, idle = next(iter(self._idle.items()))
             if self._drawn - idle.since > _IDLE_TOKENS:
@@ -298,9 +310,46 @@ class Memory:
                 sequence.computed = 0
         self.moves.compacted += 1
 
+    def _close_gap(self) -> None:
+        """Move the highest running sequence of a parted cache down into a gap that has been there for some steps. One
+        in a step at most, and only where the copy is short beside what the passes would take."""
+        if len(self._live) < 2:
+            return
+        low, high = min(self._live), max(self._live)
+        if high - low + 1 == len(self._live):
+            self._gap = 0
+            return
+        self._gap += 1
+        sequence = self._live[high]
+        if self._gap <= _GAP_STEPS or 2 * self._copy_seconds(sequence.computed, 0) > self.COMPACT_S:
+            return
+        if sequence.remaining < _GAP_STEPS or not sequence.computed:
+            return
+        self._gap = 0
+        gap = next(seq for seq in range(low, high) if seq not in self._live)
+        if gap in self._idle:
+            self._evict(gap)
+        self._unused.remove(gap)
+        heapq.heapify(self._unused)
+        self._copy(high, gap, sequence.computed)
+        del self._live[high]
+        self._live[gap] = sequence
+        sequence.seq = gap
+        self._note(sequence)
+        self._forget(high)
+        self.moves.compacted += 1
+
+    def _evict_another(self, used: int) -> None:
+        """Evict an idle prefix to get its number: not `used`, which serves the newcomer, unless there is no other."""
+        for seq in self._idle:
+            if seq != used:
+                self._evict(seq)
+                return
+        self.evict_one()
+
     def _clear_the_way(self, used: int) -> None:
         """Send idle prefixes to host RAM before new cells are taken, but not `used`, which serves the newcomer."""
-        if not self._idle or not self.host.budget:
+        if not self._unified or not self._idle or not self.host.budget:
             return
         left = self.COPY_S
         for seq in list(self._idle):
@@ -357,7 +406,10 @@ class Memory:
         if self._backend.can_cut:
             for _, seq in zip(range(_LOOK_AT), match.sharing(), strict=False):
                 length = min(match.length, self._has(seq))
-                better = length > most or (length == most and seq in self._idle and self._idle[seq].length == length)
+                whole = seq in self._idle and self._idle[seq].length == length
+                better = length > most or (length == most and (whole or self._copies_sooner(seq, best)))
+                if not whole and not self._is_worth_copying(seq, length):
+                    continue
                 if better and seq != sequence.seq and self._backend.seq_reusable(seq, length):
                     best, most = seq, length
         if not self._divisible:
@@ -410,10 +462,30 @@ class Memory:
                 del self._idle[source]
                 idle.since = self._drawn
                 self._idle[source] = idle  # used last now
-            self._backend.seq_copy(source, sequence.seq, length)
-            self.cells.share(source, sequence.seq, length)
+            self._copy(source, sequence.seq, length)
         sequence.computed = length
         sequence.loose = min(length, idle.loose if idle is not None else self._live[source].loose)
+
+    def _copy(self, source: int, target: int, length: int) -> None:
+        """Give an empty sequence the first `length` tokens of another."""
+        if self._unified:
+            self._backend.seq_copy(source, target, length)
+            self.cells.share(source, target, length)
+            return
+        began = self._clock()
+        self._backend.seq_copy(source, target, length)
+        self.cells.grow(target, length)
+        self._learn(2 * self._size(self._has(source)), 0, self._clock() - began)
+
+    def _is_worth_copying(self, source: int, length: int) -> bool:
+        """Whether it is quicker to copy a prefix than to compute it. Sharing costs nothing; a copy in a parted cache
+        goes through host RAM, all of the source, out and in."""
+        if self._unified or not self.compute_s:
+            return True
+        return 2 * self._copy_seconds(self._has(source), 0) < self.compute_s * length
+
+    def _copies_sooner(self, one: int, other: int) -> bool:
+        return not self._unified and other != NOWHERE and self._has(one) < self._has(other)
 
     def _load(self, sequence: Sequence, entry: Entry, length: int) -> bool:
         """Bring an entry back into a sequence that has no cells, and cut it to the part that is of use."""
@@ -431,9 +503,7 @@ class Memory:
         self.moves.restored += 1
         if length < entry.length:
             self.cut(sequence, length)
-        elif entry in self.host:
-            self.host.remove(entry)
-        return True
+        return True  # the entry stays: the same prompt, asked again, need not be saved again
 
     def _size(self, length: int) -> int:
         """Bytes that so many tokens take in host RAM, about."""

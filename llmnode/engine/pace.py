@@ -1,26 +1,31 @@
 """What a step costs, learnt from the steps so far, and what follows: how much to prefill, how far to guess ahead, when
 a step counts as stuck. Pure: seconds come in as arguments.
 
-Owns: the model of a step's time, seconds = base + each * (tokens of running answers) + prefill * (prompt tokens). The
-first two are a straight line through steps without prompts, older ones fading; the third is what is left over in steps
-with prompts, and follows quickly, since the cost of a prompt token grows with the context before it.
+Owns: the model of a step's time, seconds = base + each * (tokens of running answers) + (flat + deep * depth) * (prompt
+tokens), where depth is how many tokens a prompt token has before it, on average. The first two are a straight line
+through steps without prompts, older ones fading; the next two another one, through what is left over in steps with
+prompts, which fades sooner: other prompts come.
 Refuses to know: sequences, the backend, the clock.
 """
 
 from __future__ import annotations
+
+import math
 
 _FADE = 0.98
 """Weight of a step against the next one: about the last 50 count."""
 _SLOPE = 0.2
 """What one token more is taken to cost before it was measured, as a share of a step of one token: between the 0.12 to
 0.37 of small models on two cores and the few hundredths of a GPU."""
-_WHOLE = 64
-"""Tokens in a step from which llama.cpp's attention on CPUs takes tiles and not rows: with 2,048 tokens of context, 63
-of them took 506 ms and 64 took 34 (15M model, heads of 48 values). So this many are computed although they stall
-running
-answers up to _STRETCH times too long: by the time that fewer took, they often do not."""
+_WHOLE = 65
+"""Tokens of a prompt from which llama.cpp's attention on CPUs takes tiles and not rows: with 2,048 tokens of context,
+63 of them took 506 ms and 64 took 34 (15M model, heads of 48 values); one more, since a parted cache computes the first
+one beside the running answers. So this many are computed although they stall running answers up to _STRETCH times too
+long: by the time that fewer took, they often do not."""
 _STRETCH = 4
-_PREFILL_FADE = 0.7
+_PREFILL_FADE = 0.85
+_SPREAD = 0.01
+"""Share of the depths' mean square that must be variance before a line is put through them."""
 _MARGIN = 1.1
 """A guess must gain this much more than it costs: the estimates are rough."""
 
@@ -33,10 +38,12 @@ class Pace:
         self._stall_s = stall_s
         self._grace_s, self._tolerance, self._slowest_tps = grace_s, tolerance, slowest_tps
         self._n = self._x = self._y = self._xx = self._xy = 0.0
-        self._prefill_s = 0.0
+        # Sums over steps with prompts, each weighed by its tokens: 1, depth, depth^2, seconds a token.
+        self._w = self._wd = self._wdd = self._ws = self._wds = 0.0
 
-    def record(self, decode: int, prefill: int, seconds: float) -> None:
-        """A step of `decode` tokens of running answers and `prefill` tokens of prompts took so long."""
+    def record(self, decode: int, prefill: int, seconds: float, depth: float = 0.0) -> None:
+        """A step of `decode` tokens of running answers and `prefill` tokens of prompts took so long; the latter had
+        `depth` tokens before them on average."""
         if prefill == 0:
             self._n = self._n * _FADE + 1
             self._x = self._x * _FADE + decode
@@ -46,24 +53,33 @@ class Pace:
             return
         each = max(seconds - self.seconds(decode), 0.1 * seconds) / prefill if decode else seconds / prefill
         # A few tokens say little about the speed of many: their step is mostly base.
-        weight = (1 - _PREFILL_FADE) * min(1.0, prefill / 16) if self._prefill_s else 1.0
-        self._prefill_s += (each - self._prefill_s) * weight
+        weight = prefill * min(1.0, prefill / 16)
+        self._w = self._w * _PREFILL_FADE + weight
+        self._wd = self._wd * _PREFILL_FADE + weight * depth
+        self._wdd = self._wdd * _PREFILL_FADE + weight * depth * depth
+        self._ws = self._ws * _PREFILL_FADE + weight * each
+        self._wds = self._wds * _PREFILL_FADE + weight * depth * each
 
-    def seconds(self, decode: int, prefill: int = 0) -> float:
+    def seconds(self, decode: int, prefill: int = 0, depth: float = 0.0) -> float:
         """About how long a step takes; 0.0 where nothing like it was measured."""
         base, each = self._line()
         known = base + each * decode if decode else 0.0
-        return known + self._prefill_s * prefill
+        flat, deep = self._prefill_line()
+        return known + (flat + deep * depth) * prefill
 
-    def prefill_limit(self, decode: int, most: int) -> int:
-        """Prompt tokens to compute in a step beside `decode` tokens of running answers: all that fits in the stall."""
+    def prefill_limit(self, decode: int, most: int, start: int = 0) -> int:
+        """Prompt tokens to compute in a step beside `decode` tokens of running answers, of a prompt that has `start`
+        tokens computed: all that fits in the stall."""
         if decode == 0:
             return most
-        if not self._prefill_s:
+        if not self._w:
             return min(most, _WHOLE)
-        fits = int(self._stall_s / self._prefill_s)
-        if fits + decode < _WHOLE and (_WHOLE - decode) * self._prefill_s < _STRETCH * self._stall_s:
-            fits = _WHOLE - decode
+        # n tokens take n * (flat + deep * (start + n / 2)) seconds.
+        flat, deep = self._prefill_line()
+        first = flat + deep * start
+        fits = int(2 * self._stall_s / (first + math.sqrt(first * first + 2 * deep * self._stall_s)))
+        if fits < _WHOLE and _WHOLE * (first + deep * _WHOLE / 2) < _STRETCH * self._stall_s:
+            fits = _WHOLE
         return max(1, min(most, fits))
 
     def worth(self, decode: int) -> float:
@@ -75,12 +91,24 @@ class Pace:
         whole = base + each * decode
         return _MARGIN * each * decode / whole if whole > 0 else _MARGIN * _SLOPE
 
-    def due(self, decode: int, prefill: int) -> float:
+    def due(self, decode: int, prefill: int, depth: float = 0.0) -> float:
         """Seconds after which a step counts as stuck: the grace plus so many times what it should take."""
         base, each = self._line()
         decode_s = base + each * decode if self._n else decode / self._slowest_tps
-        prefill_s = prefill * (self._prefill_s or 1 / self._slowest_tps)
+        flat, deep = self._prefill_line()
+        prefill_s = prefill * (flat + deep * depth or 1 / self._slowest_tps)
         return self._grace_s + self._tolerance * (decode_s + prefill_s)
+
+    def _prefill_line(self) -> tuple[float, float]:
+        """(flat, deep) seconds of a prompt token; zeros before any."""
+        if not self._w:
+            return 0.0, 0.0
+        depth, each = self._wd / self._w, self._ws / self._w
+        square = self._wdd / self._w
+        spread = square - depth * depth
+        deep = (self._wds / self._w - depth * each) / spread if spread > _SPREAD * square else 0.0
+        deep = min(max(0.0, deep), 0.9 * each / depth if depth else 0.0)
+        return each - deep * depth, deep
 
     def _line(self) -> tuple[float, float]:
         """(base, each) of steps without prompts; zeros before any."""

@@ -15,7 +15,8 @@ it a new prompt, an answer begun elsewhere, or one that had to give way and is c
 3. Prompts get what is left, at most the limit that keeps running answers fluent, the one with the least to compute
    first: a long prompt never holds back a short one, and of two long ones the first is answered after half the time
    that both would take side by side. A quarter is kept for the one that has waited longest, so that none is passed for
-   ever.
+   ever: of every step in a unified cache, and every fourth step in a parted one, where parts of two prompts in one step
+   would each be too small for the fast kernel (_TILE).
 4. When cells run out after all, the sequence that is cheapest to bring back gives way, for what it frees, and goes to
    the head of the queue. The oldest never does: so there is always one that gets to its end, and then the next.
 """
@@ -37,6 +38,11 @@ would be swapped in and out again at once."""
 _TILE = 64
 """Tokens that a prompt's last chunk has at least, where it has several: llama.cpp's attention on CPUs takes fewer rows
 one by one, and a tail of 40 tokens after 4,000 took 300 ms beside 8 answers, the 64 in its place 30 (15M model)."""
+_TURNS = 4
+"""In a parted cache one step in so many serves the prompt that has waited longest."""
+_DEEP = 256
+"""Tokens that a prompt has behind it from which no other prompt shares its step in a parted cache: llama.cpp takes as
+many tokens of each at once as the shorter part has, and 20 tokens after 3,800 took 200 ms, 196 of them 110 (15M)."""
 _PASSES = 32
 """How often others may be admitted past a sequence that does not fit yet."""
 
@@ -46,6 +52,7 @@ class Plan:
     """The next batch: `chunks[i]` belongs to `sequences[i]`, and its last `drafts[i]` tokens are guesses.
 
     prefill: how many of its `tokens` are of sequences that were more than one behind.
+    depth: how many tokens these have before them in their sequences, on average.
     """
 
     sequences: Many[Sequence]
@@ -53,13 +60,14 @@ class Plan:
     drafts: Many[int]
     tokens: int
     prefill: int
+    depth: float = 0.0
 
     def alone(self, index: int) -> Plan:
         """The batch of one chunk of this one."""
         chunk = self.chunks[index]
         size = len(chunk.tokens)
         prefill = size if self.sequences[index].behind > 1 else 0
-        return Plan((self.sequences[index],), (chunk,), (self.drafts[index],), size, prefill)
+        return Plan((self.sequences[index],), (chunk,), (self.drafts[index],), size, prefill, chunk.start + size / 2)
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,12 +75,14 @@ class Bounds:
     """What a batch may hold: `tokens` in all, `prefill` of prompts beside running answers, `rows` of logits.
 
     split: whether to end a chunk one token before a prompt's end (models whose prompts are kept there).
+    turn: counts steps, for what is shared out step by step.
     """
 
     tokens: int
     prefill: int
     rows: int
     split: bool = False
+    turn: int = 0
 
 
 class Scheduler:
@@ -134,35 +144,48 @@ class Scheduler:
             guesses.append(len(tokens) - 1)
             left -= len(tokens)
             rows -= len(tokens)
+        count = len(chunks)
         if prefilling and left > 0:
             budget = min(left, bounds.prefill) if sequences else left
-            self._share_out(prefilling, budget, rows, bounds.split, sequences, chunks, guesses)
+            self._share_out(prefilling, budget, rows, bounds, sequences, chunks, guesses)
         tokens_in_all = sum(len(chunk.tokens) for chunk in chunks)
         decoding = bounds.tokens - left
-        return Plan(sequences, chunks, guesses, tokens_in_all, tokens_in_all - decoding)
+        deep = sum(len(chunk.tokens) * (chunk.start + len(chunk.tokens) / 2) for chunk in chunks[count:])
+        if not self.room.unified and chunks:
+            # A parted cache computes sequences side by side as long as their numbers follow each other.
+            order = sorted(range(len(chunks)), key=lambda at: chunks[at].seq)
+            sequences = [sequences[at] for at in order]
+            chunks, guesses = [chunks[at] for at in order], [guesses[at] for at in order]
+        prefill = tokens_in_all - decoding
+        return Plan(sequences, chunks, guesses, tokens_in_all, prefill, deep / prefill if prefill else 0.0)
 
     def _share_out(
         self,
         prefilling: list[Sequence],
         budget: int,
         rows: int,
-        split: bool,
+        bounds: Bounds,
         sequences: list[Sequence],
         chunks: list[Chunk],
         guesses: list[int],
     ) -> None:
         oldest = min(prefilling, key=lambda sequence: sequence.id)
-        kept = min(oldest.behind, max(1, budget // 4))
-        for sequence in sorted(prefilling, key=lambda sequence: (sequence.behind, sequence.id)):
+        unified, decoding = self.room.unified, len(chunks)
+        kept = min(oldest.behind, max(1, budget // 4)) if unified else 0
+        # The first pass over a parted batch takes one token of each sequence, so the next one has one less.
+        tile = _TILE if unified else _TILE + 1
+        for sequence in self._in_turn(prefilling, bounds.turn):
             if sequence is oldest:
                 kept = 0
             size = min(sequence.behind, budget - kept)
             rest = sequence.behind - size
-            if 0 < rest < _TILE < size:
-                size -= _TILE - rest
+            if 0 < rest < tile < size:
+                size -= tile - rest
             start = sequence.computed
+            if not unified and len(chunks) > decoding and max(start, chunks[-1].start) >= _DEEP:
+                continue
             border = len(sequence.ask.prompt) - 1
-            if split and start < border < start + size:
+            if bounds.split and start < border < start + size:
                 size = border - start
             wanted = max(0, start + size - max(start, sequence.rows_from))
             if wanted > rows:
@@ -176,6 +199,20 @@ class Scheduler:
             guesses.append(0)
             budget -= size
             rows -= wanted
+
+    def _in_turn(self, prefilling: list[Sequence], turn: int) -> list[Sequence]:
+        """Prompts in the order in which a step serves them."""
+        order = sorted(prefilling, key=lambda sequence: (sequence.behind, sequence.id))
+        if not self.room.unified and turn % _TURNS == 0:
+            oldest = min(prefilling, key=lambda sequence: sequence.id)
+            order.remove(oldest)
+            order.insert(0, oldest)
+        return order
+
+    def next_prompt(self, turn: int) -> Sequence | None:
+        """The prompt that the next step serves first; None when there is none."""
+        prefilling = [s for s in self.running if s.behind > 1 and s.leader is None]
+        return self._in_turn(prefilling, turn)[0] if prefilling else None
 
     def victim(self, cost: Callable[[Sequence], float], frees: Callable[[Sequence], int]) -> Sequence | None:
         """Who gives way: the least `cost` in seconds for each cell that it `frees`, more for whom it has hit before."""

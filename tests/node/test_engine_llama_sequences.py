@@ -19,7 +19,7 @@ from llmnode.settings import HANDBOOK
 from tests import tiny_model as recipe
 
 TOLERANCE = 0.5
-STEADY = ("tiny", "gemma3")
+STEADY = ("tiny", "parted", "gemma3")
 STATEFUL = ("mamba", "lfm2")
 WINDOW = 64
 
@@ -29,7 +29,11 @@ def tokens(count: int, seed: int = 1) -> list[int]:
 
 
 def load(kind: str, **options: Any) -> LlamaBackend:
-    sizes = {"slots": 3, "n_ctx": 1024, "kv_cells": 2048, "n_batch": 256, "threads": 1, **options}
+    """A backend of this kind; "parted" is the tiny model with a part of the cache for each sequence."""
+    sizes = {"slots": 3, "n_ctx": 1024, "kv_cells": 2048, "n_batch": 256, "threads": 1, "kv_unified": "on", **options}
+    if kind == "parted":
+        kind = "tiny"
+        sizes |= {"kv_unified": "off", "kv_cells": 0, "sequences": max(4, sizes.get("sequences", 0))}
     return llama.load(LlamaOptions(recipe.make(kind), **sizes))
 
 
@@ -260,9 +264,10 @@ def test_nothing_but_a_whole_saved_sequence_is_loaded(kind: str, backend: LlamaB
         assert backend.seq_length(1) == 0
     assert not backend.seq_load(backend.room.sequences, saved)
     assert backend.seq_save(1) == b"", "an empty sequence has nothing to save"
-    other = load("tiny" if kind != "tiny" else "gemma3")
-    assert not other.seq_load(0, saved)
-    other.close()
+    for different in {"tiny", "parted", "gemma3"} - {kind}:
+        other = load(different)
+        assert not other.seq_load(0, saved)
+        other.close()
     assert backend.seq_load(1, saved)
 
 
@@ -310,6 +315,8 @@ def test_a_cache_of_every_type_computes_nearly_the_same(name: str) -> None:
         ({"cache_type_v": "int8"}, "cache_type_v is 'int8'"),
         ({"cache_type_v": "q8_0", "flash_attn": "off"}, "quantised values need flash attention"),
         ({"flash_attn": "yes"}, "flash_attn is 'yes'; it can be auto, off, on"),
+        ({"kv_unified": "maybe"}, "kv_unified is 'maybe'; it can be auto, on, off"),
+        ({"kv_unified": "off"}, "kv_cells is 2048: a part of 1024 tokens for each of 3 slots takes 3072"),
         ({"sequences": 300}, "sequences is 300; llama.cpp holds 256 sequences at most"),
         ({"sequences": 2}, "sequences .* must be at least its slots"),
     ],
@@ -317,6 +324,43 @@ def test_a_cache_of_every_type_computes_nearly_the_same(name: str) -> None:
 def test_a_setting_that_cannot_be_is_refused_by_name(options: dict[str, Any], complaint: str) -> None:
     with pytest.raises(ModelLoadError, match=complaint):
         load("tiny", **options)
+
+
+@pytest.mark.parametrize(
+    ("kind", "options", "unified"),
+    [
+        ("tiny", {"kv_cells": 0}, False),
+        ("tiny", {"kv_cells": 4096}, False),
+        ("tiny", {"kv_cells": 3 * 1024 - 1}, True),
+        ("tiny", {"kv_cells": 0, "slots": 1}, True),
+        ("gemma3", {"kv_cells": 0}, True),
+        ("mamba", {"kv_cells": 0}, True),
+        ("lfm2", {"kv_cells": 0}, True),
+    ],
+)
+def test_a_cache_is_parted_where_every_slot_has_room_anyway(kind: str, options: dict[str, Any], unified: bool) -> None:
+    backend = load(kind, kv_unified="auto", **options)
+    room = backend.room
+    assert room.unified == backend.chosen.kv_unified == unified
+    if not unified:
+        assert room.sequences == max(3, options["kv_cells"] // 1024)
+        assert room.kv_cells == room.sequences * 1024
+    backend.close()
+
+
+@pytest.mark.parametrize("kind", ["mamba", "lfm2", "gemma3"])
+def test_what_is_not_only_attention_is_not_parted(kind: str) -> None:
+    with pytest.raises(ModelLoadError, match="keeps more than attention"):
+        load(kind, kv_unified="off", kv_cells=0)
+
+
+def test_a_part_holds_its_n_ctx_and_no_more() -> None:
+    backend = load("parted", n_ctx=300)
+    assert backend.room.kv_cells == 4 * 512, "llama.cpp rounds each part up to a multiple of 256"
+    feed(backend, 1, tokens(512))
+    assert backend.decode([Chunk(1, 512, [5], 1)]) == NO_ROOM
+    assert backend.decode([Chunk(0, 0, tokens(20), 1)]) == OK, "nobody else is touched"
+    backend.close()
 
 
 def test_flash_attention_is_what_was_chosen() -> None:
@@ -392,8 +436,8 @@ def test_sequences_of_random_lives_go_on_as_their_tokens_say(kind: str, alone: S
         for other, expected in held.items():
             assert backend.seq_length(other) == len(expected)
     # Recurrent state takes no cells and cannot be cut.
-    usual = {"decode 0", "copy", "save", "load True"}
-    assert done >= usual | ({"cut", "decode 1", "load False"} if kind in STEADY else set())
+    usual = {"decode 0", "copy", "save", "load True"} | ({"cut"} if kind in STEADY else set())
+    assert done >= usual | ({"decode 1", "load False"} if kind in STEADY and kind != "parted" else set())
     for seq in sorted(held, key=lambda other: len(held[other])):
         if held[seq]:
             code = backend.decode([Chunk(seq, len(held[seq]), [5], 1)])

@@ -82,7 +82,7 @@ def test_a_guess_pays_from_the_chance_at_which_it_brings_more_than_it_takes() ->
 def test_prompts_hold_up_running_answers_for_the_stall_target_and_not_longer() -> None:
     learnt = pace()
     assert learnt.prefill_limit(0, 512) == 512
-    assert learnt.prefill_limit(4, 512) == 64
+    assert learnt.prefill_limit(4, 512) == 65
     for _ in range(20):
         learnt.record(4, 0, 0.02)
         learnt.record(4, 100, 0.02 + 100 * 0.001)
@@ -90,14 +90,29 @@ def test_prompts_hold_up_running_answers_for_the_stall_target_and_not_longer() -
     assert abs(learnt.seconds(4, 100) - 0.12) < 0.01
     for _ in range(20):
         learnt.record(4, 50, 0.02 + 50 * 0.002)
-    assert learnt.prefill_limit(4, 512) == 60, "a whole tile of 64 rows rather than 50 tokens"
-    for _ in range(20):
+    assert learnt.prefill_limit(4, 512) == 65, "a whole tile of rows rather than 50 tokens"
+    for _ in range(40):
         learnt.record(4, 20, 0.02 + 20 * 0.01)
     assert learnt.prefill_limit(4, 512) == 10
     assert learnt.prefill_limit(4, 4) == 4
-    for _ in range(20):
+    for _ in range(40):
         learnt.record(4, 1, 5.0)
     assert learnt.prefill_limit(4, 512) == 1
+
+
+def test_a_prompt_gets_fewer_tokens_the_more_it_has_behind_it() -> None:
+    learnt = pace()
+
+    def cost(tokens: int, start: int) -> float:
+        return tokens * (0.0002 + 1e-7 * (start + tokens / 2))
+
+    for start in (0, 500, 1000):
+        learnt.record(4, 500, cost(500, start), start + 250)
+    for start in (0, 1000, 4000, 16000):
+        tokens = learnt.prefill_limit(4, 512, start)
+        assert tokens == 512 or tokens == 65 or abs(cost(tokens, start) - 0.1) < 0.003
+    limits = [learnt.prefill_limit(4, 512, start) for start in (0, 1000, 2000, 4000)]
+    assert limits == sorted(limits, reverse=True) and limits[0] > 2 * limits[-1]
 
 
 def test_a_step_is_due_after_what_it_should_take() -> None:

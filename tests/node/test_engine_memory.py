@@ -282,6 +282,67 @@ def test_hot_prefixes_survive_a_restart(tmp_path: Path) -> None:
         assert one(engine, ask).done.usage.cached_tokens == 0
 
 
+PARTED = Room(slots=4, n_ctx=256, kv_cells=4 * 256, n_batch=64, rows=20, unified=False)
+
+
+def test_a_parted_cache_shares_a_running_prompt_by_copying_it() -> None:
+    steps = Steps()
+    backend = Watched(PARTED, step_delay_s=1, sleep=steps.sleep)
+    first, second = Answer(), Answer()
+    prompt = words(100, 1)
+    with running(backend, PLAIN) as engine:
+        engine.submit(Ask(prompt, GREEDY, 60, ignore_eos=True), first)
+        for _ in range(4):
+            steps.begun()
+            steps.allow()
+        ask = Ask((*prompt[:80], *words(10, 2)), GREEDY, 5)
+        engine.submit(ask, second)
+        steps.free()
+        assert second.done.usage.cached_tokens == 80
+        assert same(second, ask)
+        first.wait()
+        settled(engine)
+
+
+def test_a_parted_cache_goes_on_from_an_idle_prefix_though_every_number_is_taken() -> None:
+    with running(FakeBackend(PARTED), PLAIN) as engine:
+        prompts = [words(60, number) for number in range(4)]
+        for prompt in prompts:
+            one(engine, Ask(prompt, GREEDY, 4, ignore_eos=True))
+        again = one(engine, Ask((*prompts[0], *words(20, 9)), GREEDY, 4))
+        assert again.done.usage.cached_tokens >= 60
+        settled(engine)
+
+
+def test_a_parted_cache_copies_only_what_is_quicker_copied(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(memory.Memory, "_copy_seconds", lambda *_: 1e9)
+    with running(FakeBackend(PARTED), Limits(prompt_lookup=False, host_bytes=0)) as engine:
+        prompt = words(60, 1)
+        one(engine, Ask((*prompt, *words(100, 2)), GREEDY, 4))
+        other = one(engine, Ask((*prompt, *words(20, 3)), GREEDY, 4))
+        assert other.done.usage.cached_tokens == 0
+        settled(engine)
+
+
+def test_running_answers_of_a_parted_cache_close_the_gaps_between_them() -> None:
+    """Numbers that follow each other are computed in one pass over the weights."""
+    steps = Steps()
+    backend = Watched(PARTED, step_delay_s=1, sleep=steps.sleep)
+    answers = [Answer() for _ in range(4)]
+    asks = [Ask(words(20, number), GREEDY, 3 if number == 1 else 80, ignore_eos=True) for number in range(4)]
+    with running(backend, PLAIN) as engine:
+        for ask, answer in zip(asks, answers, strict=True):
+            engine.submit(ask, answer)
+        steps.free()
+        assert all(same(answer, ask) for ask, answer in zip(asks, answers, strict=True))
+        settled(engine)
+        assert engine.stats().timings.compacted >= 1
+    batches = [[chunk.seq for chunk in batch] for batch in backend.batches]
+    assert all(batch == sorted(batch) for batch in batches)
+    gap = next(at for at, batch in enumerate(batches) if batch == [0, 2, 3])
+    assert [0, 1, 2] in batches[gap : gap + 10]
+
+
 @pytest.mark.parametrize("wrong", ["lost", "shifted"])
 def test_an_account_that_differs_from_the_backend_is_fatal(wrong: str) -> None:
     class Drifting(FakeBackend):
@@ -300,11 +361,17 @@ def test_an_account_that_differs_from_the_backend_is_fatal(wrong: str) -> None:
     assert "the account of KV cells is wrong" in str(fatal[0])
 
 
-def over_committed(dice: random.Random, **options: Any) -> tuple[list[Ask], list[Answer], FakeBackend, Limits]:
+def over_committed(
+    dice: random.Random, unified: bool = True, **options: Any
+) -> tuple[list[Ask], list[Answer], FakeBackend, Limits]:
     slots, n_ctx = dice.randint(1, 6), dice.choice((64, 128, 200))
     cells = dice.randint(n_ctx, n_ctx * slots)
     spare = dice.randint(0, 6)
-    room = Room(slots, n_ctx, cells, dice.randint(slots, 64), sequences=slots + spare, rows=slots + dice.randint(0, 8))
+    sequences = slots + spare
+    if not unified:
+        cells = sequences * n_ctx
+    rows = slots + dice.randint(0, 8)
+    room = Room(slots, n_ctx, cells, dice.randint(slots, 64), sequences, rows, unified)
     base = words(n_ctx, dice.randrange(1000))
     asks = []
     for number in range(25):
@@ -318,11 +385,11 @@ def over_committed(dice: random.Random, **options: Any) -> tuple[list[Ask], list
     return asks, [Answer() for _ in asks], FakeBackend(room, **options), limits
 
 
-@pytest.mark.parametrize("can_cut", [True, False])
+@pytest.mark.parametrize(("can_cut", "unified"), [(True, True), (False, True), (True, False)])
 @pytest.mark.parametrize("seed", range(12))
-def test_every_answer_equals_its_answer_alone_however_full_the_cache(seed: int, can_cut: bool) -> None:
+def test_every_answer_equals_its_answer_alone_however_full_the_cache(seed: int, can_cut: bool, unified: bool) -> None:
     dice = random.Random(seed)
-    asks, answers, backend, limits = over_committed(dice, can_cut=can_cut)
+    asks, answers, backend, limits = over_committed(dice, unified, can_cut=can_cut)
     fatal: list[FatalEngineError] = []
     with running(backend, limits, on_fatal=fatal.append) as engine:
         ids = [engine.submit(ask, answer) for ask, answer in zip(asks, answers, strict=True)]

@@ -34,8 +34,10 @@ def decoding(id: int, prompt: int = 5) -> Sequence:
     return member
 
 
-def scheduler_with(*running: Sequence, slots: int = 8, cells: int = 100_000, batch: int = 512) -> Scheduler:
-    scheduler = Scheduler(Room(slots, min(cells, 50_000), cells, batch))
+def scheduler_with(
+    *running: Sequence, slots: int = 8, cells: int = 100_000, batch: int = 512, unified: bool = True
+) -> Scheduler:
+    scheduler = Scheduler(Room(slots, min(cells // slots, 50_000), cells, batch, unified=unified))
     scheduler.running += running
     return scheduler
 
@@ -66,6 +68,23 @@ def test_the_shortest_prompt_comes_first_and_the_oldest_keeps_a_quarter() -> Non
 
 def test_of_two_long_prompts_the_first_is_done_before_the_second_begins() -> None:
     assert sizes(scheduler_with(sequence(1, 4000, seq=1), sequence(2, 4000, seq=2)).plan(WIDE)) == {1: 512}
+
+
+def test_in_a_parted_cache_a_deep_prompt_has_its_step_to_itself() -> None:
+    old, young, answer = sequence(1, 4000, seq=1), sequence(2, 3000, seq=2), decoding(3)
+    old.computed = young.computed = 1000
+    scheduler = scheduler_with(old, young, answer, unified=False)
+    turns = [sizes(scheduler.plan(Bounds(512, 200, 20, turn=turn))) for turn in range(8)]
+    assert turns == [{1: 200, 3: 1}, *[{2: 200, 3: 1}] * 3] * 2, "one step in four is for the one that waits longest"
+    old.computed = young.computed = 0
+    assert sizes(scheduler.plan(Bounds(5000, 4500, 20, turn=1))) == {1: 1500, 2: 3000, 3: 1}
+
+
+def test_a_batch_for_a_parted_cache_is_in_the_order_of_its_sequences() -> None:
+    members = [decoding(5), sequence(2, 30, seq=2), decoding(0)]
+    plan = scheduler_with(*members, unified=False).plan(WIDE, {0: array("i", [7])})
+    assert [chunk.seq for chunk in plan.chunks] == [s.seq for s in plan.sequences] == [0, 2, 5]
+    assert list(plan.drafts) == [1, 0, 0]
 
 
 def test_running_answers_come_first_and_prompts_keep_to_their_limit_beside_them() -> None:
@@ -206,16 +225,24 @@ def test_integrity_names_what_is_wrong() -> None:
     prefill=st.integers(1, 80),
     rows=st.integers(9, 20),
     lengths=st.dictionaries(st.integers(0, 8), st.integers(1, 5)),
+    unified=st.booleans(),
+    turn=st.integers(0, 4),
 )
 @settings(max_examples=200, deadline=None)
 def test_every_plan_keeps_its_bounds_and_gets_everybody_on(
-    prompts: list[int | None], tokens: int, prefill: int, rows: int, lengths: dict[int, int]
+    prompts: list[int | None],
+    tokens: int,
+    prefill: int,
+    rows: int,
+    lengths: dict[int, int],
+    unified: bool,
+    turn: int,
 ) -> None:
     """None stands for an answer under way, a number for a prompt of so many tokens."""
     members = [decoding(id) if n is None else sequence(id, n, seq=id) for id, n in enumerate(prompts)]
-    scheduler = scheduler_with(*members, slots=9)
+    scheduler = scheduler_with(*members, slots=9, unified=unified)
     drafts = {id: array("i", [1] * length) for id, length in lengths.items()}
-    plan = scheduler.plan(Bounds(tokens, prefill, rows), drafts)
+    plan = scheduler.plan(Bounds(tokens, prefill, rows, turn=turn), drafts)
     running = [member for member in members if member.behind == 1]
     assert 0 < plan.tokens <= tokens
     assert plan.tokens == sum(len(chunk.tokens) for chunk in plan.chunks)

@@ -64,7 +64,9 @@ class LlamaBackend:
             self._views: dict[int, tuple[int, NDArray[np.float32]]] = {}
             self._shares_windows = False
             kept_as = (options.cache_type_k, options.cache_type_v, self.chosen.flash_attention)
-            self._seal = sealing.Seal(fingerprint(model.path), *kept_as)
+            # A saved sequence says of how many parts its cache had.
+            parts = 1 if self.room.unified else self.room.sequences
+            self._seal = sealing.Seal(fingerprint(model.path), *kept_as, parts)
             self.can_cut, cell_bytes = self._probe(model)
         except BaseException:
             api.llama_free(self._context)
@@ -118,8 +120,13 @@ class LlamaBackend:
         return 0 <= first <= max(0, length - self._window + 1)
 
     def seq_copy(self, source: int, target: int, length: int) -> None:
-        self._api.llama_memory_seq_cp(self._memory, source, target, 0, length)
-        self._shares_windows = self._window > 0
+        if self.room.unified:
+            self._api.llama_memory_seq_cp(self._memory, source, target, 0, length)
+            self._shares_windows = self._window > 0
+            return
+        # llama.cpp copies parts of a parted cache as a whole only, and not before the next decode.
+        if not self.seq_load(target, self.seq_save(source)) or not self.seq_remove(target, length):
+            raise FatalEngineError(f"sequence {source} could not be copied")
 
     def seq_save(self, seq: int) -> Saved:
         length = self.seq_length(seq)

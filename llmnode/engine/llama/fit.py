@@ -225,7 +225,9 @@ def _weights(model: Model, options: LlamaOptions, lines: Sequence[str], gpus: Se
 
 
 _CACHE_LAYER = re.compile(r"layer +\d+: dev = (\S+)")
-_CACHE = re.compile(r"size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers, .* seqs\), K \((\w+)\): .*, V \((\w+)\): ")
+_CACHE = re.compile(
+    r"size = +([\d.]+) MiB \( *(\d+) cells, +(\d+) layers, *\d+/(\d+) seqs\), K \((\w+)\): .*, V \((\w+)\): "
+)
 
 
 def _cache(lines: Sequence[str], gpus: Sequence[str]) -> list[Part]:
@@ -238,10 +240,10 @@ def _cache(lines: Sequence[str], gpus: Sequence[str]) -> list[Part]:
         if layer := _CACHE_LAYER.search(line):
             layers.append(layer[1] if layer[1] in gpus else HOST)
         elif found := _CACHE.search(line):
-            size, cells, count, keys, values = found.groups()
+            size, cells, count, parts_of_it, keys, values = found.groups()
             for device in dict.fromkeys(layers):
                 share = layers.count(device)
-                how = f"{cells} cells x {share} layers, keys {keys}, values {values}"
+                how = f"{int(cells) * int(parts_of_it)} cells x {share} layers, keys {keys}, values {values}"
                 parts.append(Part("cache", device, int(float(size) * _MIB * share / int(count)), how))
             layers.clear()
     return parts

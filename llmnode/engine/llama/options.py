@@ -20,6 +20,8 @@ CACHE_TYPES = {"f32": 0, "f16": 1, "bf16": 30, "q8_0": 8, "q5_1": 7, "q5_0": 6, 
 FLASH_ATTENTION = {"auto": -1, "off": 0, "on": 1}
 """enum llama_flash_attn_type of llama.h."""
 
+KV_UNIFIED = ("auto", "on", "off")
+
 MICRO_BATCH = 512
 """Tokens that llama.cpp computes at once; a longer batch is cut. Compute buffers grow with it, speed no longer does."""
 
@@ -39,6 +41,8 @@ class LlamaOptions:
     cache_type_k, cache_type_v: how keys and values are kept, by a name of CACHE_TYPES. Quantised values need flash
         attention.
     swa_full: keep all cells of sliding-window layers: costs memory, and any prefix can be reused.
+    kv_unified: one cache for all sequences (on), a part for each (off), or what suits model and sizes (auto): see
+        `parameters.py`.
     sequences: sequences that can be held, answered or idle.
     mmap: map the weights from the file rather than read them.   mlock: keep them from being swapped out.
     pooling: how a pooling context makes one vector of a text (pooling.POOLINGS); `model` is what the model says. There,
@@ -59,6 +63,7 @@ class LlamaOptions:
     cache_type_k: str = "f16"
     cache_type_v: str = "f16"
     swa_full: bool = False
+    kv_unified: str = "auto"
     threads_batch: int = 0
     sequences: int = 0
     mmap: bool = True
@@ -71,7 +76,7 @@ class LlamaOptions:
 class Chosen:
     """What a loaded backend runs with, where options left it open.
 
-    flash_attention: what `auto` came to.      kv_cells: rounded up to what llama.cpp makes of it.
+    flash_attention, kv_unified: what `auto` came to.      kv_cells: rounded up to what llama.cpp makes of it.
     micro_batch: tokens computed at once; a batch of n_batch is cut into such parts.
     """
 
@@ -80,6 +85,7 @@ class Chosen:
     flash_attention: bool
     cache_type_k: str
     cache_type_v: str
+    kv_unified: bool
     n_ctx: int
     kv_cells: int
     n_batch: int
@@ -97,6 +103,8 @@ def check(options: LlamaOptions) -> None:
             raise ModelLoadError(f"{name} is {value!r}; the types of a cache are {', '.join(CACHE_TYPES)}")
     if options.flash_attn not in FLASH_ATTENTION:
         raise ModelLoadError(f"flash_attn is {options.flash_attn!r}; it can be {', '.join(FLASH_ATTENTION)}")
+    if options.kv_unified not in KV_UNIFIED:
+        raise ModelLoadError(f"kv_unified is {options.kv_unified!r}; it can be {', '.join(KV_UNIFIED)}")
     if options.cache_type_v.startswith("q") and options.flash_attn == "off":
         raise ModelLoadError(
             f"cache_type_v is {options.cache_type_v} and flash_attn is off: quantised values need flash attention"
