@@ -11,6 +11,7 @@ from __future__ import annotations
 import asyncio
 import errno
 import logging
+import random
 import signal
 import socket
 import time
@@ -25,10 +26,11 @@ from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
 from llmgate.core.health import Rules
 from llmgate.ledger import Contents, Ledger, RequestLog, StoreError
+from llmgate.listing import Listing
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
-from llmgate.settings import Address, Settings, is_loopback, read_nodes, state_dir
+from llmgate.settings import Settings, is_loopback, read_nodes, state_dir
 from llmnode.service.notify import Notifier
 from llmnode.service.settings import Loaded, SettingError
 
@@ -67,9 +69,7 @@ def listen(settings: Settings) -> socket.socket:
 class Gate:
     """One running gate. `serve` returns when it has drained."""
 
-    def __init__(
-        self, loaded: Loaded[Settings], token: str, addresses: tuple[Address, ...], notifier: Notifier
-    ) -> None:
+    def __init__(self, loaded: Loaded[Settings], token: str, listing: Listing, notifier: Notifier) -> None:
         self._settings = settings = loaded.values
         self._config = loaded.digest
         self._notifier = notifier
@@ -79,7 +79,7 @@ class Gate:
         self._failure: BaseException | None = None
 
         self._view = View(Fleet(rules=Rules.of(settings)), self._node_moved)
-        self._view.apply(Listed(addresses))
+        self._view.apply(Listed(listing.addresses, listing.routes))
         self._ledger = Ledger(state_dir(settings), self._take_contents)
         self._door = Door(lambda: self._ledger.keyring, require_keys=settings.require_keys)
         self._relay = Relay(
@@ -169,6 +169,7 @@ class Gate:
             metrics=self._metrics,
             clock=clock,
             wall=wall,
+            dice=lambda: random.getrandbits(64),
         )
         stale = settings.stale_after_s
         app.blueprint(openai.blueprint(conversations, door=self._door, view=self._view, started=wall()))
@@ -249,12 +250,12 @@ class Gate:
 
     def _read_nodes_again(self) -> None:
         try:
-            addresses = read_nodes(self._settings)
+            listing = read_nodes(self._settings)
         except SettingError as error:
             log.error("the new nodes file is refused, the old nodes stay: %s", error)
             return
         before = set(self._view.fleet.nodes)
-        self._view.apply(Listed(addresses))
+        self._view.apply(Listed(listing.addresses, listing.routes))
         self._prober.follow()
         after = set(self._view.fleet.nodes)
         gone, new = ", ".join(sorted(before - after)) or "none", ", ".join(sorted(after - before)) or "none"

@@ -1,10 +1,11 @@
 """The command line of the gate.
 
-    llmgate serve | check | settings | nodes | keys create|list|revoke | demo
+    llmgate serve | check | settings | nodes | explain | keys create|list|revoke | demo
 
-Exit codes: 0 done; 1 the answer is no (`nodes`: one is not ready; `keys`: no such key, or the name is taken);
-2 bad configuration or arguments; 4 the port is in use; 5 the database cannot be used (trying again may help: a full
-disk, a lock held too long). Messages go to standard error, one line, without a traceback; results to standard output.
+Exit codes: 0 done; 1 the answer is no (`nodes`: one is not ready; `explain`: none can take the request; `keys`: no such
+key, or the name is taken); 2 bad configuration or arguments; 4 the port is in use; 5 the database cannot be used, and
+trying again may help (a full disk, a lock held too long). Messages go to standard error, one line, without a traceback;
+results to standard output.
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import argparse
 import asyncio
 import json
 import os
+import random
 import secrets
 import sys
 import time
 from collections.abc import Callable, Sequence
 from datetime import datetime, timezone
 from pathlib import Path
+from typing import Any
 
 from sanic.server.loop import try_use_uvloop
 
@@ -26,10 +29,14 @@ from llmgate import demo
 from llmgate import settings as configuration
 from llmgate.app import Gate, PortInUse, listen
 from llmgate.core import keys
+from llmgate.core.explanation import columns, explain
 from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
+from llmgate.core.policy import USES, Ask
+from llmgate.core.prompt import Prompt
 from llmgate.ledger import KeyTaken, Store, StoreError
+from llmgate.listing import Address, Listing
 from llmgate.relay import Relay
-from llmgate.settings import PREFIX, Address, Settings
+from llmgate.settings import PREFIX, Settings
 from llmnode.service import logs
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
@@ -81,6 +88,9 @@ def _parser() -> argparse.ArgumentParser:
         ),
         Settings,
     )
+    _add_explain(
+        add("explain", _explain, "Show which node each policy would choose for a request, and by which figures.")
+    )
     _add_keys(add("keys", None, "Create, list and revoke API keys."))
     demo_parser = add(
         "demo",
@@ -94,6 +104,18 @@ def _parser() -> argparse.ArgumentParser:
     demo_parser.add_argument("--once", action="store_true", help="stop after the answer")
     demo_parser.add_argument("--question", default="What is llmrack?", help="what to ask (default: %(default)s)")
     return parser
+
+
+def _add_explain(parser: argparse.ArgumentParser) -> None:
+    parser.epilog = (
+        "Asks each node of the nodes file once. It needs no running gate, so it knows neither drain leases nor what a "
+        "gate has sent since the nodes' last reports. Exit code 1 when no node can take the request."
+    )
+    parser.add_argument("body", metavar="BODY.json", help="file with the request's body, - for standard input")
+    parser.add_argument(
+        "--path", choices=tuple(USES), default=next(iter(USES)), help="where it goes (default: %(default)s)"
+    )
+    add_flags(parser, Settings)
 
 
 def _add_keys(parser: argparse.ArgumentParser) -> None:
@@ -136,13 +158,13 @@ def _serve(options: argparse.Namespace) -> int:
     settings = loaded.values
     logs.setup(settings.log_level, settings.log_format)
     token = configuration.read_fleet_token(settings)
-    addresses = configuration.read_nodes(settings)
+    nodes = configuration.read_nodes(settings)
     configuration.state_dir(settings)
     sock = listen(settings)
     try_use_uvloop()
 
     async def run() -> None:
-        await Gate(loaded, token, addresses, Notifier()).serve(sock)
+        await Gate(loaded, token, nodes, Notifier()).serve(sock)
 
     asyncio.run(run())
     return OK
@@ -151,10 +173,10 @@ def _serve(options: argparse.Namespace) -> int:
 def _check(options: argparse.Namespace) -> int:
     settings = _load(options).values
     token = configuration.read_fleet_token(settings)
-    addresses = configuration.read_nodes(settings)
+    nodes = configuration.read_nodes(settings).addresses
     folder = configuration.state_dir(settings)
     _require_writable(folder)
-    print(f"settings are good: {len(addresses)} nodes, fleet token {'set' if token else 'not set'}, state in {folder}")
+    print(f"settings are good: {len(nodes)} nodes, fleet token {'set' if token else 'not set'}, state in {folder}")
     return OK
 
 
@@ -167,16 +189,48 @@ def _nodes(options: argparse.Namespace) -> int:
     logs.setup("warning")
     token = configuration.read_fleet_token(settings)
     fleet = asyncio.run(_ask_all(settings, token, configuration.read_nodes(settings)))
-    rows: list[tuple[str, ...]] = [("NODE", "STATE", "BUSY", "MODELS", "RELEASE", "URL", "")]
-    rows += [_row(node) for node in fleet.nodes.values()]
-    widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-    for row in rows:
-        print("  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip())
+    head = ("NODE", "STATE", "BUSY", "MODELS", "RELEASE", "URL", "")
+    print(columns(head, *(_row(node) for node in fleet.nodes.values())))
     ready = all(node.standing(0.0, settings.stale_after_s).usable for node in fleet.nodes.values())
     return OK if ready else NO
 
 
-async def _ask_all(settings: Settings, token: str, addresses: tuple[Address, ...]) -> Fleet:
+def _explain(options: argparse.Namespace) -> int:
+    body = _read_body(options.body)
+    settings = _load(options).values
+    logs.setup("warning")
+    token = configuration.read_fleet_token(settings)
+    fleet = asyncio.run(_ask_all(settings, token, configuration.read_nodes(settings)))
+    ask = Ask(_asked(body, fleet), USES[options.path], Prompt(body), dice=random.getrandbits(64))
+    page, anybody = explain(fleet, ask, 0.0, settings.stale_after_s)
+    return OK if printed(page) and anybody else NO
+
+
+def _read_body(path: str) -> dict[str, Any]:
+    """A request's body. Raises SettingError."""
+    try:
+        body = json.loads(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
+    except OSError as error:
+        raise SettingError(f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, RecursionError) as error:
+        raise SettingError(f"{path} is not valid JSON: {error}") from error
+    if not isinstance(body, dict):
+        raise SettingError(f"{path} must hold a JSON object")
+    return body
+
+
+def _asked(body: dict[str, Any], fleet: Fleet) -> str:
+    """The model that a body asks for; the only one there is when it names none. Raises SettingError."""
+    asked, served = body.get("model"), sorted(fleet.models())
+    if asked is None and len(served) == 1:
+        return served[0]
+    if not isinstance(asked, str) or not asked:
+        have = ", ".join(served) or "none"
+        raise SettingError(f"model must be a string, got {asked!r}; models served: {have}")
+    return asked
+
+
+async def _ask_all(settings: Settings, token: str, nodes: Listing) -> Fleet:
     """One poll of every node at once, as the fleet it shows; time stands still at 0."""
     relay = Relay(
         token,
@@ -196,10 +250,10 @@ async def _ask_all(settings: Settings, token: str, addresses: tuple[Address, ...
             return Lost(address.name, str(error), 0.0)
 
     try:
-        events = await asyncio.gather(*map(ask, addresses))
+        events = await asyncio.gather(*map(ask, nodes.addresses))
     finally:
         await relay.close()
-    fleet = Fleet().apply(Listed(addresses))
+    fleet = Fleet().apply(Listed(nodes.addresses, nodes.routes))
     for event in events:
         fleet = fleet.apply(event)
     return fleet

@@ -30,6 +30,18 @@ class Metrics:
         self.tokens = Counter(
             "llmgate_tokens", "Tokens of answered requests", ["model", "kind"], registry=self.registry
         )
+        self.predicted = Counter(
+            "llmgate_predicted_cached_tokens",
+            "Prompt tokens of answered requests that the gate took for cached",
+            ["model"],
+            registry=self.registry,
+        )
+        self.routed = Counter(
+            "llmgate_routed",
+            "Requests that found a node, by policy and reason",
+            ["policy", "reason"],
+            registry=self.registry,
+        )
         self.attempts = Counter(
             "llmgate_upstream_attempts", "Attempts at nodes", ["node", "outcome"], registry=self.registry
         )

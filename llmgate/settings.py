@@ -1,29 +1,22 @@
 """The gate's settings: one table for flags, environment (LLMGATE_*), TOML file, help and docs; and the files they name.
 
-Reads the fleet token and the nodes file, since both are configuration; knows nothing of what they are used for.
+Reads the fleet token and the nodes file (listing.py), since both are configuration; knows nothing of what they are used
+for.
 """
 
 from __future__ import annotations
 
 import ipaddress
-import re
-import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
-from urllib.parse import urlsplit
 
+from llmgate import listing
+from llmgate.listing import Listing
 from llmnode.service.settings import Loaded, SettingError, load, setting
-
-if sys.version_info >= (3, 11):
-    import tomllib
-else:  # pragma: no cover - Python 3.10 only
-    import tomli as tomllib
 
 PREFIX = "LLMGATE_"
 _MIN_TOKEN = 24
-_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,63}")
 
 
 @dataclass(frozen=True)
@@ -32,7 +25,9 @@ class Settings:
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", minimum=1, maximum=65535)
-    nodes_file: Path | None = setting(None, "TOML file with the [[nodes]]; re-read when it changes and on SIGHUP")
+    nodes_file: Path | None = setting(
+        None, "TOML file with the [[nodes]] and the rules of [models]; re-read when it changes and on SIGHUP"
+    )
     state_dir: Path | None = setting(None, "folder for llmgate.db (keys, drain leases); made when it is missing")
     fleet_token_file: Path | None = setting(
         None, "file whose first line is the secret shown to nodes; without it, none is shown"
@@ -69,14 +64,6 @@ class Settings:
     log_format: str = setting("text", "log lines for people or machines", choices=("text", "json"))
 
 
-@dataclass(frozen=True)
-class Address:
-    """One entry of the nodes file. `url` has a scheme, a host and perhaps a port, and no path."""
-
-    name: str
-    url: str
-
-
 def read(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Loaded[Settings]:
     """Settings from flags, environment and file. Raises SettingError."""
     return load(Settings, flags=flags, environ=environ, prefix=PREFIX)
@@ -89,13 +76,13 @@ def state_dir(settings: Settings) -> Path:
     return settings.state_dir
 
 
-def read_nodes(settings: Settings) -> tuple[Address, ...]:
-    """The nodes file's entries. Raises SettingError that names the file and the entry."""
+def read_nodes(settings: Settings) -> Listing:
+    """The nodes file. Raises SettingError that names the file and the entry."""
     path = settings.nodes_file
     if path is None:
         raise SettingError("nodes_file is not set: name the TOML file with the [[nodes]] (--nodes-file)")
     try:
-        return parse_nodes(path.read_text(encoding="utf-8"))
+        return listing.parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise SettingError(f"cannot read the nodes file {path}: {error.strerror}") from error
     except ValueError as error:
@@ -130,53 +117,3 @@ def is_loopback(host: str) -> bool:
         return ipaddress.ip_address(host).is_loopback
     except ValueError:
         return host == "localhost"
-
-
-def parse_nodes(text: str) -> tuple[Address, ...]:
-    """Read a nodes file: TOML with `[[nodes]]`, each a `name` and a `url`.
-
-    Raises ValueError that names the entry and what is wrong with it. An empty list is refused: a file cut short must
-    not empty the fleet.
-    """
-    try:
-        body = tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise ValueError(f"not valid TOML: {error}") from error
-    unknown = sorted(set(body) - {"nodes"})
-    if unknown:
-        raise ValueError(f"unknown key {unknown[0]!r}; the file holds [[nodes]] entries only")
-    entries = body.get("nodes", [])
-    if not isinstance(entries, list) or not entries:
-        raise ValueError("there is no [[nodes]] entry")
-    addresses = tuple(_address(entry, number) for number, entry in enumerate(entries, 1))
-    for what in ("name", "url"):
-        values = [getattr(address, what) for address in addresses]
-        twice = sorted({v for v in values if values.count(v) > 1})
-        if twice:
-            raise ValueError(f"two nodes have the {what} {twice[0]!r}")
-    return addresses
-
-
-def _address(entry: Any, number: int) -> Address:
-    where = f"[[nodes]] entry {number}"
-    if not isinstance(entry, dict):
-        raise ValueError(f"{where} is not a table")
-    unknown = sorted(set(entry) - {"name", "url"})
-    if unknown:
-        raise ValueError(f"{where} has an unknown key {unknown[0]!r}; it takes name and url")
-    name, url = entry.get("name"), entry.get("url")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
-        raise ValueError(f"{where}: name must be 1-64 characters of letters, digits, '.', '_' or '-', got {name!r}")
-    if not isinstance(url, str) or not _is_base(url):
-        raise ValueError(f"{where} ({name}): url must look like http://host:port, without a path, got {url!r}")
-    return Address(name, url.rstrip("/"))
-
-
-def _is_base(url: str) -> bool:
-    try:
-        parts = urlsplit(url)
-        port_ok = parts.port is None or parts.port > 0
-    except ValueError:
-        return False
-    bare = parts.path in ("", "/") and not (parts.query or parts.fragment or parts.username or parts.password)
-    return parts.scheme in ("http", "https") and bool(parts.hostname) and port_ok and bare and " " not in url

@@ -1,8 +1,8 @@
 """What clients ask: chat, completions, inference and the list of models.
 
 One request's life, in the order of the code: who asks -> what for -> which nodes -> attempts, as the plan says ->
-written down. The body is read once, for the model's name and whether a stream is wanted; the bytes themselves go to the
-node as they came.
+written down. The body is read once, for the model's name, the prompt's chain and whether a stream is wanted; the bytes
+themselves go to the node as they came, but for the model's name where the nodes know it by another.
 """
 
 from __future__ import annotations
@@ -17,11 +17,14 @@ from sanic import Blueprint, HTTPResponse, Request
 from sanic.response import json as json_response
 
 from llmgate.api.door import Door, request_id
+from llmgate.core import body as bodies
 from llmgate.core import evidence, plan, policy
+from llmgate.core.candidate import Candidate
 from llmgate.core.fleet import Dispatched, Finished, Fleet, View
 from llmgate.core.keys import Key, require_model
 from llmgate.core.plan import Kind, Outcome, Verdict
-from llmgate.core.policy import Ask, Choice
+from llmgate.core.policy import CHAT, COMPLETION, EITHER, Ask, Choice
+from llmgate.core.prompt import Prompt
 from llmgate.ledger import RequestLog
 from llmgate.metrics import UNKNOWN, Metrics
 from llmgate.relay import Exchange, Relay, Whole
@@ -34,14 +37,13 @@ CLIENT_LEFT = 499
 """The status logged for a client that went away before an answer began, as nginx logs it. Never sent."""
 _LONGEST_NAME = 200
 
-CHAT = frozenset({"chat"})
-COMPLETION = frozenset({"completion"})
-EITHER = CHAT | COMPLETION
-
 
 @dataclass
 class Record:
-    """A request's line in the log, filled in on the way. Clock readings and durations in seconds."""
+    """A request's line in the log, filled in on the way. Clock readings and durations in seconds.
+
+    predicted: prompt tokens that the last node tried was thought to hold.
+    """
 
     id: str
     path: str
@@ -53,6 +55,7 @@ class Record:
     status: int = 500
     end: str = "failed"
     route: str = ""
+    predicted: int | None = None
     attempts: list[dict[str, str]] = field(default_factory=list)
     exchange: Exchange | None = None
 
@@ -71,6 +74,7 @@ class Record:
             "end": self.end,
             "prompt_tokens": usage.prompt_tokens if usage else None,
             "cached_tokens": usage.cached_tokens if usage else None,
+            "predicted_cached_tokens": self.predicted,
             "completion_tokens": usage.completion_tokens if usage else None,
             "time_to_first_token_seconds": None if first is None else round(first - self.arrived, 4),
             "duration_seconds": round(now - self.arrived, 4),
@@ -118,11 +122,12 @@ class Conversations:
         metrics: Metrics,
         clock: Callable[[], float],
         wall: Callable[[], float],
+        dice: Callable[[], int],
     ) -> None:
         self._settings = settings
         self._door, self._view, self._relay = door, view, relay
         self._log, self._metrics = request_log, metrics
-        self._clock, self._wall = clock, wall
+        self._clock, self._wall, self._dice = clock, wall, dice
 
     async def handle(self, request: Request, kinds: frozenset[str]) -> HTTPResponse | None:
         """Answer one request; None when the answer was streamed. Raises ApiError before the first byte."""
@@ -149,17 +154,18 @@ class Conversations:
         asked = _model(body, fleet, key)
         record.model = asked[:_LONGEST_NAME]
         record.stream = body.get("stream") is True
-        ask = Ask(asked, kinds)
-        choice = policy.least_loaded(fleet, ask, self._clock(), self._settings.stale_after_s)
+        ask = Ask(asked, kinds, Prompt(body), record.id, self._dice(), key)
+        choice = policy.choose(fleet, ask, self._clock(), self._settings.stale_after_s)
         record.route = choice.why
-        model_id = fleet.resolve(asked)
-        if model_id is not None:
-            require_model(key, asked, model_id)
-            record.model = model_id
+        if choice.model is not None:
+            require_model(key, asked, fleet.resolve(asked) or fleet.meant(asked))
+            record.model = choice.model
         if not choice.ranked:
             raise policy.refusal(fleet, ask, choice, visible(fleet, key))
+        self._metrics.routed.labels(choice.policy, choice.reason).inc()
 
-        exchange = Exchange(record.id, request.path, request.body, request.headers, record.stream)
+        sent = request.body if choice.name == asked else bodies.renamed(request.body, choice.name)
+        exchange = Exchange(record.id, request.path, sent, request.headers, record.stream)
         record.exchange = exchange
         client = _Client(request)
         try:
@@ -180,7 +186,7 @@ class Conversations:
         candidate = next(steps)
         while True:
             record.node = client.node = candidate.name
-            outcome = await self._attempt(candidate.name, exchange, client)
+            outcome = await self._attempt(choice, candidate, exchange, client, record)
             tried = {"node": candidate.name, "outcome": str(outcome)}
             record.attempts.append(tried | ({"why": outcome.detail} if outcome.detail else {}))
             self._metrics.attempts.labels(candidate.name, outcome.kind.value).inc()
@@ -189,18 +195,27 @@ class Conversations:
             except StopIteration as stop:
                 return outcome, stop.value
 
-    async def _attempt(self, name: str, exchange: Exchange, client: _Client) -> Outcome:
+    async def _attempt(
+        self, choice: Choice, candidate: Candidate, exchange: Exchange, client: _Client, record: Record
+    ) -> Outcome:
+        name = candidate.name
         node = self._view.fleet.nodes.get(name)
         if node is None:
             return Outcome(Kind.UNREACHABLE, detail="it is no longer listed")
-        if not node.admits(self._clock()):
+        now = self._clock()
+        if not node.admits(now):
             return Outcome(Kind.UNREACHABLE, detail="it was ejected, or another request is trying it")
-        self._view.apply(Dispatched(name, self._clock()))
+        sent = choice.sent(candidate, record.id, now)
+        record.predicted = sent.cached if sent else None
+        self._view.apply(Dispatched(name, now, sent))
         turn = self._view.fleet.turns
+        computed = True
         try:
             outcome = await self._relay.attempt(node.url, exchange, client)
+            computed = outcome.kind in (Kind.ANSWERED, Kind.CUT)
         finally:
-            self._view.apply(Finished(name))
+            cached = exchange.usage.cached_tokens if exchange.usage else None
+            self._view.apply(Finished(name, sent, cached, computed))
         self._view.apply(evidence.attempted(name, turn, outcome, self._clock()))
         return outcome
 
@@ -250,6 +265,7 @@ class Conversations:
         if exchange and exchange.usage:
             for kind in ("prompt_tokens", "cached_tokens", "completion_tokens"):
                 self._metrics.tokens.labels(model, kind.removesuffix("_tokens")).inc(getattr(exchange.usage, kind))
+            self._metrics.predicted.labels(model).inc(record.predicted or 0)
 
 
 def blueprint(conversations: Conversations, *, door: Door, view: View, started: float) -> Blueprint:

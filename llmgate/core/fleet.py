@@ -1,8 +1,9 @@
 """The gate's view of its nodes: frozen snapshots, and the one function that makes the next from an event.
 
 Owns what is known of each node: its last report, how long ago that was, what this gate has in flight there, who has
-drained it, and its health, whose states and transitions are in `health.py`. Refuses to know how any of it was found
-out. `now` is a monotonic clock in seconds throughout; leases carry wall-clock seconds, which only `leases.py` compares.
+drained it, and its health, whose states and transitions are in `health.py`; and how requests for each model are routed,
+as the nodes file says. Refuses to know how any of it was found out. `now` is a monotonic clock in seconds throughout;
+leases carry wall-clock seconds, which only `leases.py` compares.
 
 Of health this file decides what takes more than one node to see: a node that trips is ejected only if every model of
 its has another node in full service, and at most half of the model's nodes would then be out; and when a model has no
@@ -12,12 +13,20 @@ node in full service left, those that are out but would do are called back.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
+from llmgate.core import prediction
 from llmgate.core.health import OUT, Condition, Health, Rules, Signal
-from llmgate.settings import Address, Settings
+from llmgate.core.prediction import Sent
+from llmgate.listing import Address, Labels, Route
+from llmgate.settings import Settings
+from llmnode.wire import chain
+from llmnode.wire.chain import Chain
 from llmnode.wire.node import Model, Report, State
+
+_NO_ROUTE = Route()
 
 
 @dataclass(frozen=True)
@@ -57,10 +66,14 @@ class Node:
     in_flight: requests of this gate there, from dispatch to the last body byte.
     counted: what `in_flight` was when the report came, so that work the report already counts is not counted twice.
     turn: the fleet's dispatch number when this node last got work; 0 for never.
+    held: blocks of prefix chains that it holds, by its last report; without those that answers have proved wrong since.
+    sent: what went there lately (prediction.py).
     """
 
     name: str
     url: str
+    labels: Labels = frozenset()
+    weight: float = 1.0
     report: Report | None = None
     seen: float | None = None
     health: Health = field(default_factory=Health)
@@ -68,6 +81,8 @@ class Node:
     counted: int = 0
     turn: int = 0
     lease: Lease | None = None
+    held: frozenset[int] = frozenset()
+    sent: tuple[Sent, ...] = ()
 
     def __repr__(self) -> str:
         lease = f", drained by {self.lease.owner}" if self.lease else ""
@@ -85,6 +100,18 @@ class Node:
             return self.in_flight
         reported = self.report.load.running + self.report.load.waiting
         return max(self.in_flight, reported + self.in_flight - self.counted)
+
+    @property
+    def backlog(self) -> int:
+        """Prompt tokens to be computed there: those it reported, and those sent since."""
+        reported = self.report.load.queued_prompt_tokens if self.report else 0
+        return reported + prediction.backlog(self.sent, -math.inf if self.seen is None else self.seen)
+
+    def depth(self, prompt: Chain, now: float) -> int:
+        """How many blocks of a prompt it holds: by its report, or by what was sent there lately."""
+        # Who names any block of a chain names its first, so that a cold prompt costs one look instead of thousands.
+        named = prompt.depth(self.held) if prompt.blocks and prompt.blocks[0] in self.held else 0
+        return max(named, prediction.depth(self.sent, prompt, now))
 
     def standing(self, now: float, stale_after: float) -> Standing:
         """Judge it at `now`: not heard of, unreachable, stale, what it says of itself, ejected, drained, or well."""
@@ -125,9 +152,10 @@ class Node:
 
 @dataclass(frozen=True)
 class Listed:
-    """The nodes file was read: these are the nodes now. Those that stay keep all that is known of them."""
+    """The nodes file was read: these are the nodes and routes now. Nodes that stay keep all that is known of them."""
 
     addresses: tuple[Address, ...]
+    routes: Mapping[str, Route] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -159,17 +187,25 @@ class Lost:
 
 @dataclass(frozen=True)
 class Dispatched:
-    """A request of this gate went to the node."""
+    """A request of this gate went to the node, and what it brings there where that was counted."""
 
     name: str
     now: float
+    sent: Sent | None = None
 
 
 @dataclass(frozen=True)
 class Finished:
-    """The last body byte of such a request came, or its connection was closed."""
+    """The last body byte of such a request came, or its connection was closed.
+
+    sent: as in its `Dispatched`.    cached: prompt tokens that the node says it found; None when it did not say.
+    computed: whether the node took it at all.
+    """
 
     name: str
+    sent: Sent | None = None
+    cached: int | None = None
+    computed: bool = True
 
 
 @dataclass(frozen=True)
@@ -195,7 +231,7 @@ Event = Listed | Reported | Missed | Lost | Dispatched | Finished | Attempted | 
 
 @dataclass(frozen=True)
 class Fleet:
-    """All nodes at one instant, by name.
+    """All nodes at one instant, by name, and the routes of models, by id.
 
     turns: counts dispatches, to tell who rested longest, and which answers are old news.     rules: those of health.
     """
@@ -203,11 +239,12 @@ class Fleet:
     nodes: Mapping[str, Node] = field(default_factory=dict)
     turns: int = 0
     rules: Rules = field(default_factory=lambda: Rules.of(Settings()))
+    routes: Mapping[str, Route] = field(default_factory=dict)
 
     def apply(self, event: Event) -> Fleet:
         """The fleet after the event. An event about a node that is not listed (any more) changes nothing."""
         if isinstance(event, Listed):
-            return self._listed(event.addresses)
+            return self._listed(event.addresses, event.routes)
         if isinstance(event, Leased):
             return self._leased(event.leases)
         node = self.nodes.get(event.name)
@@ -215,9 +252,7 @@ class Fleet:
             return self
         turns = self.turns
         if isinstance(event, Finished):
-            # `counted` stays: what was counted in the report and has ended since lowers the estimate by itself.
-            node = dataclasses.replace(node, in_flight=max(0, node.in_flight - 1))
-            return self._with(node)
+            return self._with(_finished(node, event))
         if isinstance(event, Reported):
             node = self._reported(node, event)
         elif isinstance(event, Missed):
@@ -228,7 +263,8 @@ class Fleet:
             node = self._attempted(node, event)
         else:
             turns += 1
-            node = dataclasses.replace(node, in_flight=node.in_flight + 1, turn=turns)
+            sent = prediction.add(node.sent, event.sent) if event.sent else node.sent
+            node = dataclasses.replace(node, in_flight=node.in_flight + 1, turn=turns, sent=sent)
             node = self._told(node, Signal.SENT, event.now)
         return dataclasses.replace(self._with(node), turns=turns)._called_back(event.now)
 
@@ -240,8 +276,17 @@ class Fleet:
                 found.setdefault(model.id, []).append(node)
         return found
 
+    def meant(self, name: str) -> str:
+        """The id that an alias of the nodes file stands for; any other name as it is."""
+        return next((model for model, route in self.routes.items() if name in route.aliases), name)
+
+    def route_of(self, name: str) -> Route:
+        """How requests for the model behind an id or alias are routed."""
+        return self.routes.get(self.resolve(name) or self.meant(name), _NO_ROUTE)
+
     def resolve(self, name: str) -> str | None:
         """The model id behind an id or alias; None when nobody serves it."""
+        name = self.meant(name)
         for node in self.nodes.values():
             model = node.model(name)
             if model:
@@ -264,10 +309,12 @@ class Fleet:
         if report is None:
             return node
         if node.report and node.report.boot != report.boot:
-            node = self._told(node, Signal.RENEWED, event.now)
+            node = dataclasses.replace(self._told(node, Signal.RENEWED, event.now), sent=())
         ready = report.state is State.READY
         node = self._told(node, Signal.READY if ready else Signal.AWAY, event.now, "" if ready else report.why)
-        return dataclasses.replace(node, report=report, seen=event.now, counted=node.in_flight)
+        sent = prediction.fresh(node.sent, event.now)
+        held = _held(event.report) if event.report else node.held
+        return dataclasses.replace(node, report=report, seen=event.now, counted=node.in_flight, sent=sent, held=held)
 
     def _attempted(self, node: Node, event: Attempted) -> Node:
         if event.turn < node.health.counts_from:
@@ -306,22 +353,40 @@ class Fleet:
                     fleet = fleet._with(back)
         return fleet
 
-    def _listed(self, addresses: Iterable[Address]) -> Fleet:
+    def _listed(self, addresses: Iterable[Address], routes: Mapping[str, Route]) -> Fleet:
         # Those of the first list may have served for long; whoever joins later starts slowly.
         health = Health(Condition.JOINING if self.nodes else Condition.UNKNOWN, counts_from=self.turns + 1)
         nodes = {}
         for address in addresses:
             old = self.nodes.get(address.name)
-            same = old is not None and old.url == address.url
-            lease = old.lease if old else None
-            new = Node(address.name, address.url, health=health, lease=lease)
-            nodes[address.name] = old if old and same else new
-        return dataclasses.replace(self, nodes=nodes)
+            if old is None or old.url != address.url:
+                old = Node(address.name, address.url, health=health, lease=old.lease if old else None)
+            nodes[address.name] = dataclasses.replace(old, labels=address.labels, weight=address.weight)
+        return dataclasses.replace(self, nodes=nodes, routes=routes)
 
     def _leased(self, leases: Iterable[Lease]) -> Fleet:
         held = {lease.node: lease for lease in leases}
         nodes = {n.name: dataclasses.replace(n, lease=held.get(n.name)) for n in self.nodes.values()}
         return dataclasses.replace(self, nodes=nodes)
+
+
+def _finished(node: Node, event: Finished) -> Node:
+    held, sent = node.held, node.sent
+    if event.sent:
+        sent = prediction.ended(sent, event.sent, computed=event.computed)
+        if event.cached is not None and event.sent.missed(event.cached):
+            sent = prediction.corrected(sent, event.sent, event.cached)
+            held = held.difference(event.sent.blocks[event.sent.really(event.cached) :])
+    # `counted` stays: what was counted in the report and has ended since lowers the estimate by itself.
+    return dataclasses.replace(node, in_flight=max(0, node.in_flight - 1), held=held, sent=sent)
+
+
+def _held(report: Report) -> frozenset[int]:
+    """Unpacked once a report, not once a request. What cannot be read is nothing held: routing is all that it costs."""
+    try:
+        return chain.unpack(report.cache.blocks)
+    except ValueError:
+        return frozenset()
 
 
 class View:

@@ -21,7 +21,8 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass
 from enum import Enum
 
-from llmgate.core.policy import NO_NODE_RETRY_S, Candidate
+from llmgate.core.candidate import Candidate
+from llmgate.core.policy import NO_NODE_RETRY_S
 from llmnode.wire.errors import Overloaded
 
 

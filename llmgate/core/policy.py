@@ -1,76 +1,206 @@
-"""Which nodes may answer a request, in which order, and why: pure functions of a fleet snapshot.
+"""Which node answers a request, who comes next, and why: pure functions of a fleet snapshot, a clock reading and dice.
 
-A policy takes (fleet, ask, now, stale_after) and gives a `Choice`, never an error: whoever asks turns an empty one
-into an answer with `refusal`. The numbers that decided stay in the choice, for the request log.
+`choose` decides in this order:
 
-Least loaded: the share of its slots that a node has busy or asked for, `busy / slots`, where a node that starts slowly
-counts fewer slots. Ties go to the node that has rested longest, then by name, so that the same snapshot always gives
-the same order.
+1. The name. An alias of the nodes file stands for a model's id, which then goes to the node in its place.
+2. The model. The one asked for, while a node of it has a free slot; else the first of its fallbacks of which one has;
+   else, with everybody full, the first of them all that has a node.
+3. The candidates: nodes that take work, serve it for this use and have its labels (core/candidate.py).
+4. Their order, by the policy that the nodes file names for the model:
+   prefix        the cheapest first (core/cost.py); the tree is below
+   least-loaded  by the share of slots busy, then by who rested longest, then by name
+   round-robin   by who rested longest, then by name
+   random        by dice and weights
+   rendezvous    by the hash of the conversation's root and weights, those with too much load last
+5. The canary. The draw of the conversation's root (or of the request id where there is none) says on which side of the
+   release it belongs; nodes of that side come first, in their order, the others stay as a reserve.
+
+`prefix`, once every candidate has a cost:
+
+1. Those are good that cost no more than `NEAR` times the lowest, or `NEAR_S` more: the figures are no finer than that.
+2. When nobody holds a block of it (the prompt is cold), those are good that cost no more than `COLD` times the lowest,
+   or `COLD_S` more: speeds are measured and waver, and where its next turn will look for it counts for more.
+3. The good are ordered by rendezvous hash of the root, those whose load is above `CROWDED` times the mean last.
+4. The others follow, the cheapest first.
+
+A prompt of which no figure is known is cold everywhere and costs the same everywhere, so the hash alone decides.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 
-from llmgate.core.fleet import Fleet, Node
+from llmgate.core import candidate, rendezvous
+from llmgate.core.candidate import Candidate, Found
+from llmgate.core.fleet import Fleet
+from llmgate.core.keys import ANONYMOUS, Key
+from llmgate.core.prediction import Sent
+from llmgate.core.prompt import NOTHING, Prompt
+from llmgate.listing import Canary, Route
 from llmnode.wire.errors import ApiError, ModelNotFound, Overloaded
 
 NO_NODE_RETRY_S = 1.0
 """`Retry-After` when no node is ready, in seconds: nodes are polled about that often."""
+NEAR, NEAR_S = 1.25, 0.01
+COLD, COLD_S = 2.0, 0.1
+CROWDED = 1.25
+_SHOWN = 4
+"""Candidates named in a log line."""
+
+CHAT = frozenset({"chat"})
+COMPLETION = frozenset({"completion"})
+EITHER = CHAT | COMPLETION
+USES: Mapping[str, frozenset[str]] = {
+    "/v1/chat/completions": CHAT,
+    "/v1/completions": COMPLETION,
+    "/inference": EITHER,
+}
+"""By path of a request: a node must offer the model for one of these uses."""
 
 
 @dataclass(frozen=True)
 class Ask:
-    """What routing needs to know of a request. `kinds`: a node must offer the model for one of these uses."""
+    """What routing needs to know of a request. `kinds`: a node must offer the model for one of these uses.
+
+    request: its id.    dice: 64 random bits.    key: whose it is; fallbacks that it may not use are left out.
+    """
 
     model: str
     kinds: frozenset[str]
-
-
-@dataclass(frozen=True)
-class Candidate:
-    """One node that may answer: its load, and `n_ctx`, the most tokens that it lets one request hold (0: unknown).
-
-    share: how much of its slots to use for now (`Node.share`); one of them at least.
-    """
-
-    name: str
-    busy: int
-    slots: int
-    n_ctx: int
-    turn: int
-    share: float = 1.0
-
-    @property
-    def load(self) -> float:
-        return self.busy / max(1.0, self.slots * self.share)
-
-    def __str__(self) -> str:
-        return f"{self.name} {self.busy}/{self.slots}" + (f" at {self.share:.0%}" if self.share < 1.0 else "")
+    prompt: Prompt = field(default_factory=lambda: Prompt({}))
+    request: str = ""
+    dice: int = 0
+    key: Key = ANONYMOUS
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Candidates, best first, and the nodes passed over with the reason for each."""
+    """Candidates, best first, and the nodes passed over with the reason for each.
+
+    model: id of the model that answers, or would if a node were there; None when nobody serves it.
+    name: what the request must call it for these nodes to know it.
+    reason: what decided, in a word: a policy's own, "only" for one candidate, "nobody" for none.
+    notes: what else is to be said: a fallback, a canary.
+    """
 
     ranked: tuple[Candidate, ...]
     passed_over: tuple[tuple[str, str], ...]
     policy: str
+    reason: str
+    model: str | None
+    name: str
+    notes: tuple[str, ...] = ()
 
     @property
     def why(self) -> str:
-        """One line for the request log, e.g. "least-loaded: a 1/4, b 3/4; not c (draining)"."""
-        text = f"{self.policy}: " + (", ".join(map(str, self.ranked)) or "nobody")
+        """One line for the request log, e.g. "least-loaded (load): a 1/4, b 3/4; not c (draining)"."""
+        text = f"{self.policy} ({', '.join((self.reason, *self.notes))}): "
+        text += ", ".join(map(str, self.ranked[:_SHOWN])) or "nobody"
+        if len(self.ranked) > _SHOWN:
+            text += f" and {len(self.ranked) - _SHOWN} more"
         if self.passed_over:
             text += "; not " + ", ".join(f"{name} ({why})" for name, why in self.passed_over)
         return text
 
+    def sent(self, to: Candidate, request: str, now: float) -> Sent | None:
+        """What a dispatch to this candidate brings there; None when nothing was counted."""
+        if to.cost is None or to.chain is None:
+            return None
+        cost = to.cost
+        return Sent(request, to.chain.blocks, cost.depth, cost.cached, cost.prompt - cost.cached, now)
 
-def least_loaded(fleet: Fleet, ask: Ask, now: float, stale_after: float) -> Choice:
-    """Candidates by `busy / slots`, then by who rested longest, then by name."""
-    found, passed_over = _candidates(fleet, ask, now, stale_after)
-    ranked = tuple(sorted(found, key=lambda c: (c.load, c.turn, c.name)))
-    return Choice(ranked, passed_over, "least-loaded")
+
+@dataclass(frozen=True)
+class Draw:
+    """What stands in for chance. root: of the conversation, always the same.    dice: new for each request."""
+
+    root: int
+    dice: int
+
+
+@dataclass(frozen=True)
+class Ranking:
+    """All candidates, best first, and what decided in a word."""
+
+    order: tuple[Candidate, ...]
+    reason: str
+
+
+Policy = Callable[[Sequence[Candidate], Draw], Ranking]
+
+
+def prefix(candidates: Sequence[Candidate], draw: Draw) -> Ranking:
+    """The cheapest first; near ties and cold prompts by rendezvous hash. The tree is at the top of this file.
+
+    Reasons: "cold"; "held", the first holds as much as anybody; "moved", somebody holds more and would take longer.
+    """
+    lowest = min(c.seconds for c in candidates)
+    cold = not any(_cached(c) for c in candidates)
+    ratio, slack = (COLD, COLD_S) if cold else (NEAR, NEAR_S)
+    limit = max(ratio * lowest, lowest + slack)  # (1), (2)
+    good = _hashed([c for c in candidates if c.seconds <= limit], draw.root, candidates)  # (3)
+    others = sorted((c for c in candidates if c.seconds > limit), key=lambda c: (c.seconds, c.name))  # (4)
+    most = max(_cached(c) for c in candidates)
+    reason = "cold" if cold else "held" if _cached(good[0]) == most else "moved"
+    return Ranking((*good, *others), reason)
+
+
+def least_loaded(candidates: Sequence[Candidate], draw: Draw) -> Ranking:
+    """By the share of slots busy, then by who rested longest, then by name."""
+    return Ranking(tuple(sorted(candidates, key=lambda c: (c.load, c.turn, c.name))), "load")
+
+
+def round_robin(candidates: Sequence[Candidate], draw: Draw) -> Ranking:
+    """By who rested longest, then by name."""
+    return Ranking(tuple(sorted(candidates, key=lambda c: (c.turn, c.name))), "turn")
+
+
+def at_random(candidates: Sequence[Candidate], draw: Draw) -> Ranking:
+    """By weighted dice: the hash of a key that nobody will see again."""
+    return Ranking(_by_score(candidates, draw.dice), "dice")
+
+
+def by_rendezvous(candidates: Sequence[Candidate], draw: Draw) -> Ranking:
+    """By weighted hash of the root, those with too much load last."""
+    return Ranking(_hashed(candidates, draw.root, candidates), "hash")
+
+
+POLICIES: Mapping[str, Policy] = {
+    "prefix": prefix,
+    "least-loaded": least_loaded,
+    "round-robin": round_robin,
+    "random": at_random,
+    "rendezvous": by_rendezvous,
+}
+_READ_PROMPT = frozenset({"prefix", "rendezvous"})
+
+
+def choose(fleet: Fleet, ask: Ask, now: float, stale_after: float, policy: str | None = None) -> Choice:
+    """Rank the nodes for a request; never an error: whoever asks turns an empty choice into an answer with `refusal`.
+
+    now: monotonic seconds.    policy: in place of the one that the nodes file names, for `llmgate explain`.
+    """
+    name, route, found = _model(fleet, ask, now, stale_after)  # (1), (2), (3)
+    policy = policy or route.policy
+    model = fleet.resolve(name)
+    notes = (f"fallback from {ask.model}",) if name != fleet.meant(ask.model) else ()
+    candidates = found.candidates
+    root = NOTHING.root
+    if candidates and (policy in _READ_PROMPT or route.canary):
+        candidates = candidate.with_chains(candidates, fleet, name, ask.prompt, now)
+        root = candidates[0].chain.root if candidates[0].chain else root
+    root = root or rendezvous.key(ask.request)
+    if not candidates:
+        return Choice((), found.passed_over, policy, "nobody", model, name, notes)
+    order, reason = candidates, "only"
+    if len(candidates) > 1:
+        ranking = POLICIES[policy](candidates, Draw(root, ask.dice))  # (4)
+        order, reason = ranking.order, ranking.reason
+    if route.canary:
+        order, side = _sided(order, route.canary, root)  # (5)
+        notes = (*notes, side)
+    return Choice(order, found.passed_over, policy, reason, model, name, notes)
 
 
 def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str]) -> ApiError:
@@ -79,7 +209,7 @@ def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str]) -> ApiEr
     404 is said only when every listed node has reported: until then the model may be on a node not yet heard of, and
     a client should come again rather than give up.
     """
-    if fleet.resolve(ask.model) is None:
+    if choice.model is None:
         silent = fleet.silent()
         if not silent and fleet.nodes:
             return ModelNotFound(ask.model, visible)
@@ -95,34 +225,41 @@ def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str]) -> ApiEr
     )
 
 
-def _candidates(
-    fleet: Fleet, ask: Ask, now: float, stale_after: float
-) -> tuple[list[Candidate], tuple[tuple[str, str], ...]]:
-    found: list[Candidate] = []
-    passed_over: list[tuple[str, str]] = []
-    for node in fleet.nodes.values():
-        reason = _unfit(node, ask, now, stale_after)
-        if reason is None:
-            continue
-        if reason:
-            passed_over.append((node.name, reason))
-            continue
-        model = node.model(ask.model)
-        n_ctx = model.n_ctx if model else 0
-        found.append(Candidate(node.name, node.busy, node.slots, n_ctx, node.turn, node.share(now)))
-    return found, tuple(passed_over)
+def _model(fleet: Fleet, ask: Ask, now: float, stale_after: float) -> tuple[str, Route, Found]:
+    """The name of the model that answers, its route, and who may do it."""
+    first = fleet.meant(ask.model)
+    others = [name for name in fleet.route_of(first).fallback if ask.key.may_use(name)]
+    every: list[tuple[str, Route, Found]] = []
+    for name in (first, *others):
+        route = fleet.route_of(name)
+        found = candidate.find(fleet, name, ask.kinds, route.labels, now, stale_after)
+        if any(not c.full for c in found.candidates):
+            return name, route, found
+        every.append((name, route, found))
+    with_nodes = (one for one in every if one[2].candidates)
+    served = (one for one in every if fleet.resolve(one[0]) is not None)
+    return next(with_nodes, None) or next(served, None) or every[0]
 
 
-def _unfit(node: Node, ask: Ask, now: float, stale_after: float) -> str | None:
-    """Why a node cannot take this; "" when it can, None when it does not serve the model and so need not be named."""
-    standing = node.standing(now, stale_after)
-    model = node.model(ask.model)
-    if model is None:
-        return None if node.report else standing.why
-    if not standing.usable:
-        return standing.why
-    if model.state != "ready":
-        return f"its model is {model.state}"
-    if not ask.kinds.intersection(model.kinds):
-        return f"it offers {model.id} for {', '.join(model.kinds) or 'nothing'} only"
-    return ""
+def _cached(c: Candidate) -> int:
+    return c.cost.cached if c.cost else 0
+
+
+def _hashed(some: Sequence[Candidate], root: int, everybody: Sequence[Candidate]) -> tuple[Candidate, ...]:
+    """By rendezvous hash, those above `CROWDED` times everybody's mean load last."""
+    limit = CROWDED * sum(c.load for c in everybody) / len(everybody)
+    order = _by_score(some, root)
+    return (*(c for c in order if c.load <= limit), *(c for c in order if c.load > limit))
+
+
+def _by_score(candidates: Sequence[Candidate], key: int) -> tuple[Candidate, ...]:
+    # A node that starts slowly wins few; as its share grows, keys move to it and between no others.
+    return tuple(sorted(candidates, key=lambda c: (-rendezvous.score(key, c.name, c.weight * c.share), c.name)))
+
+
+def _sided(order: Sequence[Candidate], canary: Canary, root: int) -> tuple[tuple[Candidate, ...], str]:
+    """Those of the side that the draw falls on first, and the side's name."""
+    chosen = rendezvous.draw(root, canary.release) < canary.share
+    side = [c for c in order if (c.release == canary.release) == chosen]
+    rest = [c for c in order if (c.release == canary.release) != chosen]
+    return (*side, *rest), "canary" if chosen else "not canary"

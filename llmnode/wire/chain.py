@@ -47,6 +47,12 @@ class Chain:
         return 0
 
 
+def salt(model: str, template: str) -> str:
+    """What keeps chains of different models, or of one model under different chat templates, apart: `Model.id` and
+    `Model.template` of the node's report."""
+    return f"{model}\0{template}"
+
+
 def of_request(body: Mapping[str, Any], salt: str) -> Chain:
     """The chain of a decoded request body: of its messages, or else of its prompt. Never raises: what makes no sense
     has a chain too, and the node that gets it says what is wrong."""

@@ -19,6 +19,9 @@ from tests.processes import Program, wait_for
 
 FAST = ("--poll-interval-s", "0.1", "--stale-after-s", "30", "--connect-timeout-s", "5", "--stall-timeout-s", "30")
 
+LEAST_LOADED = '[models.tiny]\npolicy = "least-loaded"\n'
+"""What the nodes file says of the mock nodes' model, so that of idle nodes the first by name is chosen."""
+
 
 class GateUnderTest:
     """A running gate, its files and a client with a key for it."""
@@ -33,10 +36,11 @@ class GateUnderTest:
         self.program: Program | None = None
         self._start = start
 
-    def list_nodes(self, *nodes: Any) -> None:
+    def list_nodes(self, *nodes: Any, models: str = LEAST_LOADED) -> None:
         """Write the nodes file, as a deployment does: whole, then moved into place."""
         draft = self.nodes_file.with_suffix(".new")
-        draft.write_text("".join(f'[[nodes]]\nname = "{n.name}"\nurl = "{n.url}"\n\n' for n in nodes))
+        entries = (f'[[nodes]]\nname = "{n.name}"\nurl = "{n.url}"\n\n' for n in nodes)
+        draft.write_text("".join(entries) + models)
         draft.replace(self.nodes_file)
 
     def cli(self, *arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:

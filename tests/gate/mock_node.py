@@ -28,6 +28,7 @@ class MockNode:
 
     fault: what to do with a POST instead of answering it well; the names are those that `_post` and `_stream` look for.
     requests: every POST seen: {"path", "headers", "body"}.
+    usage: what it says that each answer cost.
     open: streams running now.   closed: answers that the gate hung up on.   sent_bytes: of streams, taken by the gate.
     hold: while set, a POST is not looked at, a poll is not answered, and a stream with the fault "wait" stays at its
           second word.
@@ -46,6 +47,7 @@ class MockNode:
             load=Load(slots=4),
         )
         self.requests: list[dict[str, Any]] = []
+        self.usage = Usage(11, 3, len(WORDS))
         self.polls = 0
         self.not_modified = 0
         self.open = 0
@@ -186,7 +188,7 @@ class MockNode:
                     await asyncio.sleep(0.01)
             await self._chunk(writer, sse.KEEPALIVE)
             if self.requests[-1]["headers"].get("x-llmrack-report-usage") == "1":
-                await self._chunk(writer, sse.usage_comment(Usage(11, 3, len(WORDS))))
+                await self._chunk(writer, sse.usage_comment(self.usage))
             await self._chunk(writer, sse.DONE)
             writer.write(b"0\r\n\r\n")
             await writer.drain()
@@ -228,7 +230,7 @@ class MockNode:
             "created": 1,
             "model": self.report.models[0].id,
             "choices": [{"index": 0, "message": message, "finish_reason": "stop"}],
-            "usage": Usage(11, 3, len(WORDS)).openai(),
+            "usage": self.usage.openai(),
         }
 
     def _delta(self, word: str) -> dict[str, Any]:

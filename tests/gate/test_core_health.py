@@ -40,8 +40,9 @@ from llmgate.core.health import (
     target,
 )
 from llmgate.core.plan import Kind, Outcome
-from llmgate.core.policy import Ask, least_loaded
-from llmgate.settings import Address, Settings
+from llmgate.core.policy import Ask, choose
+from llmgate.listing import Address
+from llmgate.settings import Settings
 from llmnode.wire.node import Load, Model, Report, State
 
 RULES = Rules(eject_after=3, eject_s=5.0, slow_start_s=10.0, stale_after_s=3.0)
@@ -236,7 +237,7 @@ def state(made: Fleet, name: str, now: float) -> Condition:
 
 def test_an_ejected_node_gets_no_work_and_says_why_and_for_how_long() -> None:
     made = fail(fleet("a", "b"), "a", 1.0)
-    choice = least_loaded(made, Ask("tiny", frozenset({"chat"})), 2.0, STALE)
+    choice = choose(made, Ask("tiny", frozenset({"chat"})), 2.0, STALE, "least-loaded")
     assert [c.name for c in choice.ranked] == ["b"]
     assert choice.passed_over == (("a", "refused 500; out for another 4.0 s"),)
     assert not made.nodes["a"].admits(2.0)
@@ -316,7 +317,7 @@ def test_a_node_that_starts_slowly_is_filled_later_and_never_refused() -> None:
     made = made.apply(Reported("b", report(), 0.0))
     got = []
     for _ in range(8):
-        got.append(least_loaded(made, Ask("tiny", frozenset({"chat"})), 0.0, STALE).ranked[0].name)
+        got.append(choose(made, Ask("tiny", frozenset({"chat"})), 0.0, STALE, "least-loaded").ranked[0].name)
         made = made.apply(Dispatched(got[-1], 0.0))
     assert got[:5].count("b") == 1
     assert "b" in got[5:]

@@ -8,7 +8,7 @@ from llmgate.core import keys, leases
 from llmgate.core.fleet import Fleet, Lease, Leased, Listed, Lost, Reported
 from llmgate.core.keys import Key, Keyring
 from llmgate.core.leases import DrainRequest
-from llmgate.settings import Address
+from llmgate.listing import Address
 from llmnode.wire.errors import ApiError, Conflict, Forbidden, Unauthorized
 from llmnode.wire.node import Load, Model, Report, State
 

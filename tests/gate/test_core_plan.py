@@ -6,8 +6,8 @@ import itertools
 
 import pytest
 
+from llmgate.core.candidate import Candidate
 from llmgate.core.plan import Kind, Outcome, Verdict, attempts
-from llmgate.core.policy import Candidate
 
 NODES = tuple(Candidate(name, 0, 4, n_ctx, 0) for name, n_ctx in (("a", 100), ("b", 100), ("c", 200)))
 ANSWERED, CUT = Outcome(Kind.ANSWERED), Outcome(Kind.CUT)

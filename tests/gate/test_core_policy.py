@@ -17,8 +17,8 @@ from llmgate.core.fleet import (
     Lost,
     Reported,
 )
-from llmgate.core.policy import Ask, least_loaded, refusal
-from llmgate.settings import Address, parse_nodes
+from llmgate.core.policy import Ask, Choice, choose, refusal
+from llmgate.listing import Address
 from llmnode.wire.errors import ModelNotFound, Overloaded
 from llmnode.wire.node import Load, Model, Report, State
 
@@ -40,8 +40,12 @@ def fleet(*names: str, events: tuple[Event, ...] = ()) -> Fleet:
     return made
 
 
+def least_loaded(made: Fleet, ask: Ask = ASK, now: float = NOW) -> Choice:
+    return choose(made, ask, now, STALE, "least-loaded")
+
+
 def ranked(made: Fleet, ask: Ask = ASK, now: float = NOW) -> list[str]:
-    return [candidate.name for candidate in least_loaded(made, ask, now, STALE).ranked]
+    return [candidate.name for candidate in least_loaded(made, ask, now).ranked]
 
 
 @pytest.mark.parametrize(
@@ -79,13 +83,13 @@ def test_the_least_loaded_comes_first(events: tuple[Event, ...], order: str) -> 
     ],
 )
 def test_nodes_that_cannot_take_work_are_passed_over_with_the_reason(event: Event, why: str | None) -> None:
-    choice = least_loaded(fleet("a", "b", events=(event,)), ASK, NOW, STALE)
+    choice = least_loaded(fleet("a", "b", events=(event,)))
     if why is None:
         assert [c.name for c in choice.ranked] == ["a", "b"]
     else:
         assert [c.name for c in choice.ranked] == ["b"]
         assert choice.passed_over == (("a", why),)
-        assert choice.why == f"least-loaded: b 0/4; not a ({why})"
+        assert choice.why == f"least-loaded (only): b 0/4; not a ({why})"
 
 
 def test_only_nodes_with_the_model_for_this_use_are_asked() -> None:
@@ -157,42 +161,9 @@ def test_404_only_when_every_node_has_spoken() -> None:
     ask = Ask("nope", ASK.kinds)
 
     def said(made: Fleet) -> Exception:
-        return refusal(made, ask, least_loaded(made, ask, NOW, STALE), ["tiny"])
+        return refusal(made, ask, least_loaded(made, ask), ["tiny"])
 
     assert isinstance(said(fleet("a")), ModelNotFound)
     assert isinstance(said(Fleet()), Overloaded)
     silent = Fleet().apply(Listed((Address("a", "http://a"), Address("b", "http://b"))))
     assert isinstance(said(silent.apply(Reported("a", report(), NOW))), Overloaded)
-
-
-@pytest.mark.parametrize(
-    ("text", "says"),
-    [
-        ("", "no [[nodes]] entry"),
-        ("nodes = []", "no [[nodes]] entry"),
-        ("nodes = 5", "no [[nodes]] entry"),
-        ("nodes = [5]", "is not a table"),
-        ("[[nodes]", "not valid TOML"),
-        ('[[node]]\nname="a"', "unknown key 'node'"),
-        ('[[nodes]]\nname="a"', "url must look like"),
-        ('[[nodes]]\nurl="http://a"', "name must be"),
-        ('[[nodes]]\nname="a b"\nurl="http://a"', "name must be"),
-        ('[[nodes]]\nname="a"\nurl="ftp://a"', "url must look like"),
-        ('[[nodes]]\nname="a"\nurl="http://"', "url must look like"),
-        ('[[nodes]]\nname="a"\nurl="http://a/v1"', "without a path"),
-        ('[[nodes]]\nname="a"\nurl="http://a:99999"', "url must look like"),
-        ('[[nodes]]\nname="a"\nurl="http://u:p@a"', "url must look like"),
-        ('[[nodes]]\nname="a"\nurl="http://a"\nport=5', "unknown key 'port'"),
-        ('[[nodes]]\nname="a"\nurl="http://a"\n[[nodes]]\nname="a"\nurl="http://b"', "two nodes have the name 'a'"),
-        ('[[nodes]]\nname="a"\nurl="http://a"\n[[nodes]]\nname="b"\nurl="http://a/"', "two nodes have the url"),
-    ],
-)
-def test_a_bad_nodes_file_names_what_is_wrong(text: str, says: str) -> None:
-    with pytest.raises(ValueError) as error:
-        parse_nodes(text)
-    assert says in str(error.value)
-
-
-def test_a_nodes_file_is_read_in_order() -> None:
-    text = '[[nodes]]\nname="b"\nurl="http://10.0.0.1:8100/"\n[[nodes]]\nname="a"\nurl="https://[::1]:8100"\n'
-    assert parse_nodes(text) == (Address("b", "http://10.0.0.1:8100"), Address("a", "https://[::1]:8100"))

@@ -142,7 +142,7 @@ def test_the_request_log_says_who_what_where_and_why(two: Two) -> None:
     assert (line["prompt_tokens"], line["cached_tokens"], line["completion_tokens"]) == (11, 3, 5)
     assert 0 < line["time_to_first_token_seconds"] <= line["duration_seconds"]
     assert line["attempts"] == [{"node": "a", "outcome": "answered"}]
-    assert line["route"] == "least-loaded: a 0/4, b 0/4"
+    assert line["route"] == "least-loaded (load): a 0/4, b 0/4"
     refused = gate.chat("sk-llmrack-wrong-0123456789abcdef")
     line = gate.line(refused.headers["x-request-id"])
     assert (line["key"], line["status"], line["end"], line["model"]) == (None, 401, "invalid_api_key", None)

@@ -7,11 +7,12 @@ import re
 from pathlib import Path
 
 import pytest
+from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmgate.core.fleet import Fleet, Listed
+from llmgate.listing import Address
 from llmgate.metrics import Metrics as GateMetrics
-from llmgate.settings import Address
 from llmnode.engine.types import Done, Finish, Stats, Text, Timings
 from llmnode.metrics import HostProbe, Metrics, total
 from llmnode.wire.node import Load, Usage
@@ -64,9 +65,9 @@ def node_page(stats: Stats | None = None) -> bytes:
 def gate_page() -> bytes:
     fleet = Fleet().apply(Listed((Address("a", "http://a"),)))
     metrics = GateMetrics(lambda: fleet, lambda: 0.0, 3.0)
-    counters = (metrics.requests, metrics.tokens, metrics.attempts, metrics.transitions)
-    for metric in (*counters, metrics.first_token, metrics.duration):
-        metric.labels(*["x"] * len(metric._labelnames))
+    for metric in vars(metrics).values():
+        if isinstance(metric, MetricWrapperBase):
+            metric.labels(*["x"] * len(metric._labelnames))
     return metrics.text()
 
 

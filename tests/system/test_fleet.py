@@ -132,7 +132,7 @@ def test_a_drained_node_gets_no_work_until_undrained(fleet: Fleet) -> None:
         assert refused.status_code == 409, "the last ready node of a model is not given away"
     finally:
         assert fleet.undrain("a").status_code in (200, 204)
-    assert {fleet.chat().headers["x-llmrack-node"] for _ in range(8)} == set(NODES)
+    assert {fleet.chat(f"question {n}").headers["x-llmrack-node"] for n in range(16)} == set(NODES)
 
 
 def test_no_secret_and_no_prompt_is_in_any_log(fleet: Fleet) -> None:
