@@ -14,6 +14,9 @@ from typing import Any
 import pytest
 import yaml
 
+from llmgate import listing
+from llmgate.listing import Address, Canary, Listing, Route
+
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
 PLAYBOOKS = sorted(path.name for path in (ROOT / "playbooks").glob("*.yml"))
@@ -167,6 +170,35 @@ def test_systemd_waits_longer_than_a_drain(units: Path) -> None:
     drains = read(ROOT / "roles/llmnode/defaults/main.yml")["llmnode_drain_seconds"]
     waits = re.search(r"^TimeoutStopSec=(\d+)$", (units / "none/llmnode@.service").read_text(), re.MULTILINE)
     assert waits and int(waits[1]) > drains
+
+
+def test_labels_weights_and_routes_reach_the_gates_nodes_file(tmp_path: Path) -> None:
+    routes = {
+        "qwen-7b": {"aliases": ["gpt-4o", 'q"uote'], "fallback": ["small"], "labels": {"zone": "ä"}},
+        "small": {"policy": "least-loaded", "canary": {"release": "0.2.0-abc", "share": 0.05}},
+    }
+    instances = [
+        {"name": "gpu0", "model": "qwen-7b", "port": 8100, "labels": {"zone": "ä", "gpu": "h100"}, "weight": 2.5},
+        {"name": "gpu1", "model": "small", "port": 8101},
+    ]
+    hosts = {"host1": {"ansible_host": "192.0.2.1", "llmnode_instances": instances}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump({"llmnode": {"hosts": hosts}}))
+    task = _template("llmgate", "nodes.toml", tmp_path, {"llmgate_models": routes})
+    play = {"hosts": "localhost", "connection": "local", "gather_facts": False, "tasks": [task]}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    rendered = ansible("ansible-playbook", "-i", tmp_path / "hosts.yml", tmp_path / "play.yml")
+    assert rendered.returncode == 0, rendered.stdout + rendered.stderr
+    read_back = listing.parse((tmp_path / "nodes.toml").read_text())
+    assert read_back == Listing(
+        (
+            Address("host1-gpu0", "http://192.0.2.1:8100", frozenset({("zone", "ä"), ("gpu", "h100")}), 2.5),
+            Address("host1-gpu1", "http://192.0.2.1:8101"),
+        ),
+        {
+            "qwen-7b": Route("prefix", ("gpt-4o", 'q"uote'), ("small",), frozenset({("zone", "ä")})),
+            "small": Route("least-loaded", canary=Canary("0.2.0-abc", 0.05)),
+        },
+    )
 
 
 def test_a_collection_is_built_from_the_root_without_secrets(tmp_path: Path) -> None:
