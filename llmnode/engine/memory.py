@@ -40,6 +40,7 @@ import heapq
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmnode.engine.backend import Backend
 from llmnode.engine.cells import Cells
@@ -80,6 +81,15 @@ class Idle:
     length: int
     since: int
     loose: int
+
+
+class Found(NamedTuple):
+    """What a sequence can go on from: `length` tokens of the resident `source`, or `saved` tokens of `entry`."""
+
+    source: int = NOWHERE
+    length: int = 0
+    entry: Entry | None = None
+    saved: int = 0
 
 
 @dataclass
@@ -154,31 +164,20 @@ class Memory:
         """Give the sequence a number and the longest prefix there is. Sets `seq`, `computed`, `leader`, `follow`."""
         sequence.computed = sequence.loose = 0
         sequence.leader = None
+        found = self._find(sequence)
         if not self._unused:
-            self._evict_another(self._resident(sequence, sequence.rows_from)[0])
+            self._evict_another(found.source)
+            if found.entry is None:
+                found = self._find(sequence)
         sequence.seq = heapq.heappop(self._unused)
         self._live[sequence.seq] = sequence
-        self.attach(sequence)
+        self._begin(sequence, found)
 
     def attach(self, sequence: Sequence) -> None:
         """Find a prefix for an open sequence that has none yet, or somebody to follow."""
-        self._catch_up()
         if sequence.seq in self._index:
             self._index.remove(sequence.seq)
-        limit = sequence.rows_from
-        if limit >= _WORTH_KEEPING or not self._backend.can_cut:
-            source, length = self._resident(sequence, limit)
-            entry, saved = self._saved(sequence, limit, length)
-            self._clear_the_way(source if entry is None else NOWHERE)
-            if entry is not None and self._load(sequence, entry, saved):
-                length = saved
-            else:
-                if entry is not None:  # trying may have evicted what was found before
-                    source, length = self._resident(sequence, limit)
-                if source != NOWHERE:
-                    self._use(sequence, source, length)
-            self._follow(sequence, limit, length)
-        self._note(sequence)
+        self._begin(sequence, self._find(sequence))
 
     def detach(self, sequence: Sequence) -> None:
         """The sequence has no cells of its own any more: it waits for another one's, or was wrong about its own."""
@@ -399,6 +398,34 @@ class Memory:
         """Tokens that are computed of a resident sequence."""
         return self._idle[seq].length if seq in self._idle else self._live[seq].computed
 
+    def _find(self, sequence: Sequence) -> Found:
+        """What there is to go on from. A saved entry counts as used now: what makes way for the sequence may go to host
+        RAM, and should not push it out."""
+        self._catch_up()
+        limit = sequence.rows_from
+        if limit < _WORTH_KEEPING and self._backend.can_cut:
+            return Found()
+        source, length = self._resident(sequence, limit)
+        entry, saved = self._saved(sequence, limit, length)
+        if entry is not None:
+            self.host.touch(entry)
+        return Found(source, length, entry, saved)
+
+    def _begin(self, sequence: Sequence, found: Found) -> None:
+        """Go on from what was found, or follow somebody."""
+        limit, source, length, entry = sequence.rows_from, found.source, found.length, found.entry
+        if limit >= _WORTH_KEEPING or not self._backend.can_cut:
+            self._clear_the_way(source if entry is None else NOWHERE)
+            if entry is not None and self._load(sequence, entry, found.saved):
+                length = found.saved
+            else:
+                if entry is not None:  # trying may have evicted what was found before
+                    source, length = self._resident(sequence, limit)
+                if source != NOWHERE:
+                    self._use(sequence, source, length)
+            self._follow(sequence, limit, length)
+        self._note(sequence)
+
     def _resident(self, sequence: Sequence, limit: int) -> tuple[int, int]:
         """(sequence, length) of the longest prefix that is resident and can be gone on from; (NOWHERE, 0) for none."""
         match = self._index.match(sequence.tokens, limit)
@@ -488,11 +515,9 @@ class Memory:
         return not self._unified and other != NOWHERE and self._has(one) < self._has(other)
 
     def _load(self, sequence: Sequence, entry: Entry, length: int) -> bool:
-        """Bring an entry back into a sequence that has no cells, and cut it to the part that is of use."""
-        if entry not in self.host or self.cells.total - self.cells_live < entry.length:
-            return False
-        self.host.touch(entry)  # making room may send others there, and this one must not go for them
-        if not self.make_room(entry.length):
+        """Bring an entry back into a sequence that has no cells, and cut it to the part that is of use. It is good also
+        when what made way for it has taken its place in host RAM."""
+        if self.cells.total - self.cells_live < entry.length or not self.make_room(entry.length):
             return False
         began = self._clock()
         if not self._backend.seq_load(sequence.seq, entry.saved):

@@ -178,6 +178,20 @@ def test_a_prefix_that_was_evicted_comes_back_from_host_ram() -> None:
         assert engine.stats().timings.restored == 1
 
 
+@pytest.mark.parametrize("host_bytes", [0, 6000])
+def test_what_a_newcomer_goes_on_from_does_not_make_way_for_it(host_bytes: int) -> None:
+    """There is room for two sequences and one more in host RAM; the one wanted is the one unused for longest."""
+    room = Room(slots=1, n_ctx=256, kv_cells=512, n_batch=64, sequences=2, rows=4)
+    ask = Ask(words(200, 1), GREEDY, max_tokens=5)
+    with running(FakeBackend(room), Limits(host_bytes=host_bytes)) as engine:
+        one(engine, ask)
+        one(engine, Ask(words(200, 2), GREEDY, max_tokens=5))
+        again = one(engine, ask)
+        assert again.done.usage.cached_tokens == 199
+        assert same(again, ask)
+        settled(engine)
+
+
 def test_without_host_ram_an_evicted_prefix_is_computed_again() -> None:
     room = Room(slots=1, n_ctx=256, kv_cells=256, n_batch=64, sequences=2, rows=4)
     ask = Ask(words(200, 1), GREEDY, max_tokens=5)
