@@ -22,6 +22,10 @@ from typing import Any
 
 BLOCK = 256
 """Bytes: about 64 tokens of English."""
+DENSE = 64
+"""Blocks from the start that are all published: system prompts and documents end there, and so conversations part."""
+STEP = 4
+"""Of those beyond, every so manieth is published, so that one prompt of 100,000 tokens takes 450 hashes, not 1,600."""
 _ROOT_BYTES = 1024
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
 
@@ -87,9 +91,41 @@ def of_prompt(prompt: Any, salt: str) -> Chain:
     return _chain(written, salt, min(len(written), _ROOT_BYTES))
 
 
+def of_answered(body: Mapping[str, Any], text: str, salt: str) -> Chain:
+    """The chain that the next request begins with when this one was answered with `text`: a conversation with the
+    answer in it, or a text that goes on. Never raises."""
+    messages, prompt = body.get("messages"), body.get("prompt")
+    if isinstance(messages, list):
+        return of_request({**body, "messages": with_reply(messages, text)}, salt)
+    return of_request({"prompt": prompt + text} if isinstance(prompt, str) else body, salt)
+
+
 def with_reply(messages: Sequence[Any], text: str) -> list[Any]:
     """The conversation as its next turn will send it back, with the answer in it."""
     return [*messages, {"role": "assistant", "content": text}]
+
+
+def publish(chains: Iterable[Sequence[int]], limit: int) -> list[int]:
+    """The hashes by which a node tells that it holds these chains, the first ones first; `limit` of them at most.
+
+    Of each chain the first DENSE blocks, then every STEP-th, and the last: `Chain.depth` looks from the deepest end, so
+    whoever goes on with a chain finds all of it, and who leaves it on the way finds all but STEP - 1 blocks. A block
+    that several chains have in common counts once. The chain that no longer fits is told as far as it does, from its
+    start: who names any block of a chain names its first.
+    """
+    told: dict[int, None] = {}
+    for blocks in chains:
+        fresh = []
+        last = len(blocks) - 1
+        for at in range(last, -1, -1):
+            if at < DENSE or at % STEP == 0 or at == last:
+                if blocks[at] in told:
+                    break  # and with it what is before
+                fresh.append(blocks[at])
+        told.update(dict.fromkeys(reversed(fresh[max(0, len(told) + len(fresh) - limit) :])))
+        if len(told) >= limit:
+            break
+    return list(told)
 
 
 def pack(blocks: Iterable[int]) -> str:

@@ -79,6 +79,67 @@ def test_conversations_that_begin_alike_have_one_root() -> None:
     assert chain.of_chat(None, other, "m").root != chain.of_chat(None, begun, "m").root
 
 
+def test_a_prompt_that_is_gone_on_with_begins_with_what_the_node_says_it_holds() -> None:
+    held = chain.of_answered({"prompt": "p" * 300}, "a" * 300, "m")
+    assert held == chain.of_prompt("p" * 300 + "a" * 300, "m")
+    chat = {"messages": [{"role": "user", "content": "u" * 300}], "tools": [{"type": "function"}]}
+    turn = chain.of_chat(chat["tools"], chain.with_reply(chat["messages"], "a" * 300), "m")
+    assert chain.of_answered(chat, "a" * 300, "m") == turn
+    ids = {"prompt": [1] * 300}  # whose answer comes as text
+    assert chain.of_answered(ids, "a", "m") == chain.of_request(ids, "m")
+
+
+def test_models_and_templates_have_salts_of_their_own() -> None:
+    assert len({chain.salt("a", "b"), chain.salt("ab", ""), chain.salt("", "ab"), chain.salt("b", "a")}) == 4
+
+
+paths = st.lists(st.integers(0, 1) | st.sampled_from([[0] * 60, [1] * 90]), max_size=30)
+
+
+def blocks(path: list[Any]) -> tuple[int, ...]:
+    """Blocks as a chain has them: each stands for all before it. Lists in a path are stretches without a fork."""
+    found, state = [], 0
+    for step in [one for part in path for one in (part if isinstance(part, list) else [part])]:
+        state = hash((state, step)) & (2**64 - 1)
+        found.append(state)
+    return tuple(found)
+
+
+@given(st.lists(paths, max_size=6), paths)
+def test_whoever_goes_on_with_a_published_chain_finds_all_of_it(told: list[list[Any]], asked: list[Any]) -> None:
+    chains = [blocks(path) for path in told]
+    hashes = chain.publish(chains, 10_000)
+    assert len(hashes) == len(set(hashes)) <= 10_000
+    for held in chains:
+        assert chain.Chain((*held, 1, 2), 0, 0).depth(set(hashes)) == len(held)
+    true = chain.Chain(blocks(asked), 0, 0).depth({block for held in chains for block in held})
+    found = chain.Chain(blocks(asked), 0, 0).depth(set(hashes))
+    assert true - chain.STEP < found <= true
+    assert found == true or true > chain.DENSE
+
+
+@given(st.lists(paths, max_size=6), st.integers(0, 200))
+def test_a_published_set_keeps_its_limit_and_begins_with_the_chains_used_last(
+    told: list[list[Any]], limit: int
+) -> None:
+    chains = [blocks(path) for path in told]
+    hashes, all_of_them = chain.publish(chains, limit), chain.publish(chains, 10_000)
+    assert len(hashes) == min(limit, len(all_of_them))
+    whole = [n for n in range(len(chains)) if len(chain.publish(chains[: n + 1], 10_000)) <= limit]
+    assert all(chain.Chain(chains[n], 0, 0).depth(set(hashes)) == len(chains[n]) for n in whole)
+    # What is told only in part is told from its start, and gates look no further where the first block is missing.
+    assert all(held[0] in hashes for held in chains if set(held) & set(hashes))
+    assert set(hashes) <= {block for held in chains for block in held}
+    cut = chains[len(whole)] if len(whole) < len(chains) else ()
+    at = [n for n, block in enumerate(cut) if block in hashes]
+    assert all(n in at for n in range(min(len(at), chain.DENSE)))
+
+
+def test_a_very_long_chain_leaves_room_for_others() -> None:
+    long = blocks([[0] * 1600])
+    assert len(chain.publish([long], 4096)) == chain.DENSE + (1600 - chain.DENSE) // chain.STEP + 1
+
+
 @pytest.mark.parametrize("body", [{}, {"prompt": [1, 2, 3]}, {"messages": [1, None, "x"]}, {"prompt": {"a": 1}}])
 def test_nonsense_has_a_chain_too(body: dict[str, Any]) -> None:
     assert chain.of_request(body, "m").blocks == ()
