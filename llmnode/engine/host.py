@@ -20,11 +20,12 @@ _OVERHEAD = 512
 
 @dataclass(eq=False, slots=True)
 class Entry:
-    """The first `length` of `tokens`, and their cells."""
+    """The first `length` of `tokens`, and their cells. tag: `Ask.tag` of whose they are, None when nobody knows."""
 
     tokens: array[int]
     length: int
     saved: Saved
+    tag: object = None
 
     @property
     def size(self) -> int:
@@ -48,7 +49,7 @@ class HostCache:
 
     def __iter__(self) -> Iterator[Entry]:
         """Entries, the one used last first."""
-        return reversed(list(self._entries))
+        return reversed(self._entries)
 
     def has(self, tokens: array[int], length: int) -> bool:
         """Whether an entry holds all of these tokens; it counts as used now."""
@@ -58,12 +59,12 @@ class HostCache:
             self.touch(longer)
         return longer is not None
 
-    def put(self, tokens: array[int], length: int, saved: Saved, *, extends: bool = True) -> bool:
+    def put(self, tokens: array[int], length: int, saved: Saved, *, extends: bool = True, tag: object = None) -> bool:
         """Keep a sequence, at the price of those unused for longest. False when it alone is over the budget.
 
         extends: whether it makes entries whose tokens it begins with superfluous (not so for recurrent state).
         """
-        entry = Entry(tokens, length, saved)
+        entry = Entry(tokens, length, saved, tag)
         if not saved or entry.size > self.budget:
             return False
         same = self._index.match(tokens, length)

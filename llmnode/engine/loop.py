@@ -67,6 +67,10 @@ whole steps of a small model."""
 _SNAPSHOT_S = 0.02
 """How old the figures in `stats` may be beside steps that nobody joins or leaves; making them takes 20 us."""
 
+_HELD_S, _MOST_HELD = 0.25, 1024
+"""How old `Stats.held` may be while answers run (gates ask once a second), and how many sequences it names, which takes
+80 us."""
+
 _LONGEST_DRAFT = 16
 
 
@@ -141,6 +145,8 @@ class Engine:
         self._step_deadline: float | None = None
         self._next_deadline = float("inf")  # of all asks
         self._changed = False  # whether somebody joined or left since the last snapshot
+        self._held: tuple[tuple[object, int], ...] = ()
+        self._held_at, self._held_version = float("-inf"), (0, 0)
 
         self._ids = itertools.count(1)
         self._door = threading.Lock()  # guards the four below, which other threads touch
@@ -215,6 +221,11 @@ class Engine:
     def stats(self) -> Stats:
         """The snapshot after the last step, or one of the last few, with the deadline of the one now running."""
         return replace(self._stats, heartbeat=self._heartbeat, step_deadline=self._step_deadline)
+
+    @property
+    def shares_parts(self) -> bool:
+        """Whether others can go on from a part of a sequence in `Stats.held`, or from all of it only. Thread-safe."""
+        return not self._memory.wants_checkpoints
 
     def stop(self) -> None:
         """End the thread after the step now running, fail what is left with Overloaded, close the backend."""
@@ -633,7 +644,7 @@ class Engine:
     # Measuring.
 
     def _predicted_wait(self) -> float:
-        """Seconds until one more ask should get a slot. Thread-safe, under the door's lock.
+        """Seconds until one more ask should get a slot, 0.0 while one is free. Thread-safe, under the door's lock.
 
         Slots turn over in the time that an answer lately held one; what waits ahead of it takes its share of them."""
         slots = self._backend.room.slots
@@ -646,16 +657,24 @@ class Engine:
         scheduler, memory, count, moves = self._scheduler, self._memory, self._count, self._memory.moves
         live = memory.cells_live
         running = len(scheduler.running)
+        with self._door:
+            waiting = max(0, self._inside - running)
+            wait_s = self._predicted_wait()
+            arriving = sum(len(command.tokens) for command in self._inbox if isinstance(command, Sequence))
         load = Load(
             slots=scheduler.room.slots,
             running=running,
-            waiting=max(0, self._inside - running),
+            waiting=waiting,
             kv_cells=scheduler.room.kv_cells,
             kv_cells_used=live,
-            queued_prompt_tokens=scheduler.queued_prompt_tokens,
+            queued_prompt_tokens=arriving + scheduler.queued_prompt_tokens,
             prefill_tps=self._prefill.per_second,
             decode_tps=self._decode.per_second,
+            wait_s=wait_s,
         )
+        version = (memory.version, count.prompt_tokens)
+        if version != self._held_version and (now - self._held_at >= _HELD_S or not self._sequences):
+            self._held, self._held_at, self._held_version = memory.held(_MOST_HELD), now, version
         timings = Timings(
             steps=count.steps,
             decode_s=count.decode_s,
@@ -685,6 +704,7 @@ class Engine:
             cells_idle=memory.cells.used - live,
             host_prefixes=len(memory.host),
             host_bytes=memory.host.size,
+            held=self._held,
         )
 
 

@@ -37,6 +37,7 @@ prompt, or another choice of it, can go on.
 from __future__ import annotations
 
 import heapq
+import itertools
 from array import array
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -75,12 +76,14 @@ class Idle:
     """The first `length` of `tokens`, resident and used by nobody since `since` on the count of tokens drawn.
 
     loose: how many of them were computed one by one, so that their cells may lie apart.
+    tag: `Ask.tag` of whose they are.
     """
 
     tokens: array[int]
     length: int
     since: int
     loose: int
+    tag: object
 
 
 class Found(NamedTuple):
@@ -115,6 +118,7 @@ class Memory:
         self.host = host
         self.cells = Cells(backend.room.kv_cells)
         self.moves = Moves()
+        self.version = 0  # another one when what `held` says may have changed otherwise than by computing prompts
         self._index: PrefixIndex[int] = PrefixIndex()
         self._live: dict[int, Sequence] = {}
         self._idle: dict[int, Idle] = {}  # in order of last use
@@ -158,6 +162,16 @@ class Memory:
             return float("inf")
         return 2 * self._copy_seconds(sequence.computed, sequence.loose)
 
+    def held(self, most: int) -> tuple[tuple[object, int], ...]:
+        """(tag, tokens) of what others can go on from, `most` at most, those used last first: see `Stats.held`."""
+        # Where a sequence does not stand for its prefixes, a running one serves nobody: its checkpoints do.
+        live = ((sequence.ask.tag, sequence.computed) for sequence in reversed(self._live.values()))
+        idle = ((idle.tag, idle.length) for idle in reversed(self._idle.values()))
+        saved = ((entry.tag, entry.length) for entry in self.host)
+        found = itertools.chain(live if self._divisible else (), idle, saved)
+        known = ((tag, tokens) for tag, tokens in found if tag is not None and tokens)
+        return tuple(itertools.islice(known, most))
+
     # What the loop does.
 
     def open(self, sequence: Sequence) -> None:
@@ -181,6 +195,7 @@ class Memory:
 
     def detach(self, sequence: Sequence) -> None:
         """The sequence has no cells of its own any more: it waits for another one's, or was wrong about its own."""
+        self.version += 1
         self.cells.drop(sequence.seq)
         self._backend.seq_remove(sequence.seq)
         sequence.computed = sequence.loose = 0
@@ -205,6 +220,7 @@ class Memory:
     def resync(self, sequence: Sequence) -> bool:
         """Take from the backend how far a sequence is, after a decode that ended on the way; its last token is computed
         again, for its logits. False when the model cannot go back so far."""
+        self.version += 1
         held = self._backend.seq_length(sequence.seq)
         self.cells.grow(sequence.seq, max(0, held - sequence.computed))
         sequence.computed = held
@@ -219,8 +235,9 @@ class Memory:
             return
         copy = heapq.heappop(self._unused)
         self._copy(sequence.seq, copy, sequence.computed)
-        self._idle[copy] = Idle(sequence.tokens, sequence.computed, self._drawn, sequence.loose)
+        self._idle[copy] = Idle(sequence.tokens, sequence.computed, self._drawn, sequence.loose, sequence.ask.tag)
         self._index.insert(copy, sequence.tokens, sequence.computed)
+        self.version += 1
 
     def close(self, sequence: Sequence) -> None:
         """The sequence runs no more; what it has computed stays as an idle prefix if that is worth it."""
@@ -231,7 +248,8 @@ class Memory:
             self._forget(seq)
             return
         self._index.move(seq, tokens, length)
-        self._idle[seq] = Idle(tokens, length, self._drawn, sequence.loose)
+        self._idle[seq] = Idle(tokens, length, self._drawn, sequence.loose, sequence.ask.tag)
+        self.version += 1
         if self._divisible:
             for _, other in list(self._index.match(tokens, length).ending()):
                 if other in self._idle and other != seq:
@@ -241,7 +259,7 @@ class Memory:
         """A running sequence gives way: its cells go to host RAM, or are computed again later. Returns whether
         saved."""
         seq, length = sequence.seq, sequence.computed
-        saved = save and length > 0 and self._save(seq, sequence.tokens, length, sequence.loose)
+        saved = save and length > 0 and self._save(seq, sequence.tokens, length, sequence.loose, sequence.ask.tag)
         del self._live[seq]
         sequence.seq, sequence.leader, sequence.computed, sequence.loose = NOWHERE, None, 0, 0
         self._forget(seq)
@@ -299,6 +317,7 @@ class Memory:
         if any(self.cells.private(sequence.seq) != sequence.computed for sequence in live):
             return
         self._holes = 0
+        self.version += 1
         saved = [self._backend.seq_save(sequence.seq) for sequence in live]
         for sequence in live:
             self._backend.seq_remove(sequence.seq)
@@ -413,6 +432,7 @@ class Memory:
 
     def _begin(self, sequence: Sequence, found: Found) -> None:
         """Go on from what was found, or follow somebody."""
+        self.version += 1
         limit, source, length, entry = sequence.rows_from, found.source, found.length, found.entry
         if limit >= _WORTH_KEEPING or not self._backend.can_cut:
             self._clear_the_way(source if entry is None else NOWHERE)
@@ -551,7 +571,7 @@ class Memory:
             return True
         return 2 * self._copy_seconds(idle.length, idle.loose) < _CHANCE * self.compute_s * idle.length
 
-    def _save(self, seq: int, tokens: array[int], length: int, loose: int) -> bool:
+    def _save(self, seq: int, tokens: array[int], length: int, loose: int, tag: object) -> bool:
         if self._divisible and self.host.has(tokens, length):
             return True
         if self._size(length) > self.host.budget:
@@ -560,14 +580,14 @@ class Memory:
         saved = self._backend.seq_save(seq)
         self._last_saved = len(saved)
         self._learn(len(saved), loose, self._clock() - began)
-        kept = self.host.put(tokens, length, saved, extends=self._backend.can_cut)
+        kept = self.host.put(tokens, length, saved, extends=self._backend.can_cut, tag=tag)
         self.moves.saved += kept
         return kept
 
     def _evict(self, seq: int) -> None:
         idle = self._idle[seq]
         if self._is_worth_saving(idle) and not self._is_elsewhere(seq, idle.tokens, idle.length):
-            self._save(seq, idle.tokens, idle.length, idle.loose)
+            self._save(seq, idle.tokens, idle.length, idle.loose, idle.tag)
         self.moves.evicted += 1
         self._forget(seq)
 
@@ -590,6 +610,7 @@ class Memory:
 
     def _forget(self, seq: int) -> None:
         """Free a sequence's cells and number."""
+        self.version += 1
         self._idle.pop(seq, None)
         if seq in self._index:
             self._index.remove(seq)

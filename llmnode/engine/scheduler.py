@@ -233,8 +233,11 @@ class Scheduler:
 
     @property
     def queued_prompt_tokens(self) -> int:
-        """Prompt tokens not computed yet, of those that wait and of those that prefill."""
-        return sum(s.behind for s in self.waiting) + sum(s.behind for s in self.running if s.behind > 1)
+        """Tokens that are still to be prefilled, of those that wait and of those that run. What a sequence will share
+        with the one it follows counts once; what waiting ones will find in the cache is not known yet, and counts."""
+        prefilling = sum(s.behind for s in self.running if s.leader is None and s.behind > 1)
+        following = sum(len(s.tokens) - s.follow for s in self.running if s.leader is not None)
+        return sum(s.behind for s in self.waiting) + prefilling + following
 
     def check_integrity(self) -> str:
         """Compare the lists with what sequences say of themselves. Returns what is wrong, or nothing."""

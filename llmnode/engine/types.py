@@ -86,6 +86,7 @@ class Ask:
     replayed: the first ids of the answer, generated elsewhere: they count as part of the answer (max_tokens, usage,
         stop strings, grammar, penalties) but are not emitted again.
     retold: emit them all the same, with their text and logprobs, for a reader that has heard nothing yet.
+    tag: what the asker knows this sequence by. The engine looks at none; `Stats.held` tells which are resident.
     """
 
     prompt: tuple[int, ...]
@@ -98,6 +99,7 @@ class Ask:
     logprobs: int | None = None
     replayed: tuple[int, ...] = ()
     retold: bool = False
+    tag: object = None
 
     @property
     def retells_logprobs(self) -> bool:
@@ -207,6 +209,9 @@ class Stats:
 
     prefixes, cells_idle: idle prefixes in the cache, and the cells that only they hold.
     host_prefixes, host_bytes: sequences in host RAM, and what they take.
+    held: (tag, tokens) of sequences that others can go on from, in the cache or in host RAM: the first so many tokens
+        of that ask's prompt and answer. Those used last first, and not all where they are very many. The same object as
+        before while nothing has changed.
     heartbeat: `time.monotonic()` of the last finished step or idle tick.
     step_deadline: by when the step now running should have ended; None while idle.
     """
@@ -219,6 +224,7 @@ class Stats:
     cells_idle: int = 0
     host_prefixes: int = 0
     host_bytes: int = 0
+    held: tuple[tuple[object, int], ...] = ()
 
     def stuck(self, now: float, idle_limit_s: float = 10.0) -> str:
         """Why the engine's thread must be taken for stuck at `now`, or nothing: the one judgement behind /health and
