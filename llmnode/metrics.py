@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from operator import attrgetter
 
 import psutil
-from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
@@ -57,13 +57,15 @@ class HostProbe:
 
 
 class Metrics:
-    """The counters of the door. `stats` gives the engine's snapshot, None while there is no engine."""
+    """The counters of the door. `stats` gives the engine's snapshot, None while there is no engine; `reported` how many
+    hashes of prefixes the last report had."""
 
     def __init__(
         self,
         stats: Callable[[], Stats | None],
         probe: HostProbe,
         clock: Callable[[], float] = time.monotonic,
+        reported: Callable[[], float] = lambda: 0,
     ) -> None:
         self._clock = clock
         self._registry = CollectorRegistry()
@@ -99,6 +101,10 @@ class Metrics:
         self._queued = Histogram(
             "llmnode_queue_seconds", "Waiting for a slot", buckets=_SECONDS, registry=self._registry
         )
+
+        Gauge(
+            "llmnode_reported_blocks", "Hashes of prefixes in the last answer to /node", registry=self._registry
+        ).set_function(reported)
 
     def meter(self, choices: int = 1) -> Meter:
         """Begin to measure the answers to one request."""
@@ -200,6 +206,8 @@ _GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
     ("llmnode_requests_running", "Requests in a slot", attrgetter("load.running")),
     ("llmnode_requests_waiting", "Requests waiting for a slot", attrgetter("load.waiting")),
     ("llmnode_queued_prompt_tokens", "Prompt tokens waiting to be computed", attrgetter("load.queued_prompt_tokens")),
+    ("llmnode_predicted_wait_seconds", "Until one more request should get a slot", attrgetter("load.wait_s")),
+    ("llmnode_prompt_bytes_per_token", "Canonical bytes of a prompt token, lately", attrgetter("load.bytes_per_token")),
     ("llmnode_prefill_tokens_per_second", "Prompt tokens computed a second, lately", attrgetter("load.prefill_tps")),
     ("llmnode_decode_tokens_per_second", "Answer tokens computed a second, lately", attrgetter("load.decode_tps")),
     ("llmnode_kv_cells", "Tokens that the KV cache can hold", attrgetter("load.kv_cells")),

@@ -229,10 +229,10 @@ async def _asks(
     deadline: float,
     replayed: tuple[tuple[int, ...], ...],
 ) -> list[Ask]:
-    """One ask for each choice. They differ in their seeds and in what is out of them already: the engine computes what
-    they share once."""
+    """One ask for each choice. They differ in their seeds, in their tags and in what is out of them already: the engine
+    computes what they share once."""
     options = asked.options
-    prompt, grammar = await serving.prepare(served, asked, created)
+    prompt, grammar, prefixes = await serving.prepare(served, asked, created)
     first = Ask(
         prompt=prompt,
         sampling=options.sampling,
@@ -246,8 +246,8 @@ async def _asks(
     )
     seed = options.sampling.seed
     return [
-        replace(first, sampling=replace(options.sampling, seed=choice_seed(seed, index)), replayed=known)
-        for index, known in enumerate(replayed)
+        replace(first, sampling=replace(options.sampling, seed=choice_seed(seed, index)), replayed=known, tag=prefix)
+        for index, (known, prefix) in enumerate(zip(replayed, prefixes, strict=True))
     ]
 
 

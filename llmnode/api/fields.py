@@ -16,12 +16,13 @@ from llmnode.wire.errors import InvalidRequest
 class Fields:
     """Reads a JSON object and remembers which of its fields were looked at; null counts as absent.
 
-    where: the object's place in the body, with a dot behind it, for the names in errors.
+    body: the object without its nulls.
+    where: its place in the body of the request, with a dot behind it, for the names in errors.
     advice: fields without effect found in nested objects, as full names.
     """
 
     def __init__(self, body: Mapping[str, Any], where: str = "") -> None:
-        self._body = {name: value for name, value in body.items() if value is not None}
+        self.body = {name: value for name, value in body.items() if value is not None}
         self._seen: set[str] = set()
         self._where = where
         self.advice: list[str] = []
@@ -29,7 +30,7 @@ class Fields:
     def get(self, name: str) -> Any:
         """The value as it came, None when it is absent."""
         self._seen.add(name)
-        return self._body.get(name)
+        return self.body.get(name)
 
     def wrong(self, name: str, what: str, value: Any, code: str | None = None) -> InvalidRequest:
         """The error for a field that is not `what` it must be."""
@@ -99,7 +100,7 @@ class Fields:
 
     def rest(self) -> list[str]:
         """Names of the fields that nobody has looked at, with the advice found in nested objects."""
-        return sorted({self._where + name for name in self._body if name not in self._seen} | set(self.advice))
+        return sorted({self._where + name for name in self.body if name not in self._seen} | set(self.advice))
 
 
 def kind(value: Any) -> str:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
 from llmnode.api.fields import Fields, kind, show
@@ -100,6 +100,7 @@ class Options:
     max_tokens: None for "up to the context".       choices: answers wanted, each drawn with a seed of its own.
     logprobs: how many of the most probable tokens to report beside each token; None for no report.
     ignored: names of the fields that had no effect.
+    body: the request as it was decoded, which is what gates know it by.
     """
 
     model: str
@@ -113,6 +114,7 @@ class Options:
     choices: int = 1
     logprobs: int | None = None
     constraint: Constraint | None = None
+    body: Mapping[str, Any] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True)
@@ -220,7 +222,18 @@ def _options(fields: Fields, rules: Rules, seed: int, *, chat: bool) -> Options:
             code="unknown_parameter",
         )
     return Options(
-        model, sampling, max_tokens, stop, ignore_eos, stream, include_usage, ignored, choices, logprobs, constraint
+        model,
+        sampling,
+        max_tokens,
+        stop,
+        ignore_eos,
+        stream,
+        include_usage,
+        ignored,
+        choices,
+        logprobs,
+        constraint,
+        fields.body,
     )
 
 

@@ -12,21 +12,24 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timezone
 from functools import cached_property, partial
 
+from llmnode.api.residency import Prefix, Residency, prefix
 from llmnode.api.schema import MAX_CHOICES, ChatRequest, CompletionRequest, Constraint, Rules
 from llmnode.api.stream import Mailbox
 from llmnode.chat.template import ChatTemplate
 from llmnode.engine.backend import Backend
 from llmnode.engine.grammar import Grammar, Grammars
 from llmnode.engine.loop import Engine
-from llmnode.engine.types import Ask, Stats
+from llmnode.engine.text import TextStream
+from llmnode.engine.types import Ask, Done, Finish, Stats
 from llmnode.metrics import HostProbe, Meter, Metrics
 from llmnode.settings import Settings
+from llmnode.wire.chain import Chain, salt
 from llmnode.wire.errors import Overloaded
-from llmnode.wire.node import Load, Model, Report, State
+from llmnode.wire.node import Cache, Load, Model, Report, State
 from llmnode.wire.resume import VERSION as RESUME_VERSION
 
 
@@ -65,6 +68,11 @@ class Served:
             return self.grammars.json_schema(constraint.source, param=constraint.field)
         return self.grammars.json_object()
 
+    def said_elsewhere(self, ask: Ask) -> str:
+        """The text of an answer that another node has sent before this one went on with it."""
+        text = TextStream(self.backend.pieces, ask.stop)
+        return "" if ask.retold else "".join(map(text.push, ask.replayed))
+
     def _ids(self, text: str) -> tuple[int, ...]:
         """BOS goes in front where the model wants it, unless the template has put it there already."""
         ids = tuple(self.backend.tokenize(text, special=True))
@@ -100,7 +108,8 @@ class Serving:
         self.progress = 0.0
         self.served: Served | None = None
         self.probe = HostProbe(clock=clock)
-        self.metrics = Metrics(self.stats, self.probe, clock)
+        self.residency = Residency()
+        self.metrics = Metrics(self.stats, self.probe, clock, lambda: self.residency.reported)
         self._executor = executor
         self._busy = 0
         self._mailboxes: set[Mailbox] = set()
@@ -170,12 +179,39 @@ class Serving:
             self._mailboxes.discard(mailbox)
             for ticket in tickets:
                 served.engine.cancel(ticket)
+            for choice, ask in enumerate(asks):
+                self._ended(served, ask, mailbox.texts[choice], mailbox.ends.get(choice))
 
     async def prepare(
         self, served: Served, request: ChatRequest | CompletionRequest, created: int
-    ) -> tuple[tuple[int, ...], Grammar | None]:
-        """Token ids of a request and its compiled constraint, computed off the event loop."""
-        return await asyncio.get_running_loop().run_in_executor(self._executor, served.prepare, request, created)
+    ) -> tuple[tuple[int, ...], Grammar | None, list[Prefix]]:
+        """Token ids of a request, its compiled constraint, and what each choice is to the gate; computed off the event
+        loop."""
+
+        def work() -> tuple[tuple[int, ...], Grammar | None, Prefix]:
+            prompt, grammar = served.prepare(request, created)
+            return prompt, grammar, prefix(request, len(prompt), salt(self.settings.served_id, template))
+
+        template = self._model(served).template
+        prompt, grammar, known = await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return prompt, grammar, self.residency.asked(known, request.options.choices)
+
+    def _ended(self, served: Served, ask: Ask, texts: Sequence[str], end: Done | None) -> None:
+        """A choice is over. If it was answered, what it left behind is its prompt and its reply."""
+        tag = ask.tag
+        assert isinstance(tag, Prefix)
+        answered, tag.answered = tag.answered, None
+        if answered is None or end is None or end.finish is Finish.CANCELLED:
+            return
+
+        def work() -> Chain:
+            return answered(served.said_elsewhere(ask) + "".join(texts))
+
+        def known(found: asyncio.Future[Chain]) -> None:
+            self.residency.answered(tag, found.result(), tokens)
+
+        tokens = end.usage.prompt_tokens + end.usage.completion_tokens
+        asyncio.get_running_loop().run_in_executor(self._executor, work).add_done_callback(known)
 
     def rules(self, served: Served) -> Rules:
         settings = self.settings
@@ -195,7 +231,11 @@ class Serving:
     # What it says of itself
 
     def stats(self) -> Stats | None:
-        return self.served.engine.stats() if self.served else None
+        """The engine's snapshot, with what only the door knows of its load."""
+        if self.served is None:
+            return None
+        stats = self.served.engine.stats()
+        return replace(stats, load=replace(stats.load, bytes_per_token=self.residency.bytes_per_token))
 
     def trouble(self) -> str:
         """Why the node can no longer do its work, "" while it can: /health and systemd's watchdog ask this."""
@@ -218,6 +258,7 @@ class Serving:
             load=stats.load if stats else Load(slots=self.settings.slots),
             devices=served.backend.devices if served else (),
             host=self.probe.read(),
+            cache=self.residency.report(stats.held, parts=served.engine.shares_parts) if stats and served else Cache(),
             resume=RESUME_VERSION,
         )
 

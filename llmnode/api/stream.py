@@ -35,11 +35,14 @@ class Mailbox:
     """Events of one request's choices on their way from the engine to a client. Belongs to the event loop's thread.
 
     observe: called with (choice, event) for each event taken in.
+    texts, ends: what each choice has said, and how those that have ended well did.
     """
 
     def __init__(self, observe: Callable[[int, Event], None], choices: int = 1) -> None:
         self._observe = observe
         self.choices = choices
+        self.texts: list[list[str]] = [[] for _ in range(choices)]
+        self.ends: dict[int, Done] = {}
         self._open = set(range(choices))
         self._events: list[tuple[int, Event]] = []
         self._reader: asyncio.Future[None] | None = None
@@ -56,8 +59,10 @@ class Mailbox:
         if isinstance(event, Text):
             if not event.text and not event.logprobs:  # tokens whose text is held back
                 return
+            self.texts[choice].append(event.text)
         elif isinstance(event, Done):
             self._open.remove(choice)
+            self.ends[choice] = event
         else:
             self._open.clear()
         self._events.append((choice, event))
