@@ -125,6 +125,8 @@ def test_a_resume_that_skips_one_token_is_noticed(second: Program, undisturbed: 
             ids = [list(row) for row in client.committed.ids()]
             if len(ids[0]) < 2:
                 break
+            if ids[0][-2] == ids[0][-1]:
+                continue  # without one of two equal ids this is only an earlier cut
             del ids[0][-2]
             after = [frame for frame in resumed(second, envelope(path, body, ids)) if not read_marker(frame)]
             assert joined([*client.frames, *after]) != expected, (name, cut)
