@@ -1,9 +1,11 @@
 """Prefix chains: one request as a chain of block hashes, the same at the gate and at the node, without a tokenizer.
 
-A conversation is written down as length-prefixed records (a JSON array would end in a bracket and so be no prefix of a
-longer one), tools first, then each message. The bytes are cut in blocks of `BLOCK`; each whole block is hashed together
-with the hash before it. So one hash stands for everything up to the end of its block: two requests share so many blocks
-from the start, and a set of hashes says all that a node holds. The salt keeps models and templates apart.
+A conversation is written down as records (a JSON array would end in a bracket and so be no prefix of a longer one),
+tools first, then each message. A record's length comes behind it: before it, two messages that begin with the same
+document and go on with different questions would share nothing. The bytes are cut in blocks of `BLOCK`; each whole
+block is hashed together with the hash before it. So one hash stands for everything up to the end of its block: two
+requests share so many blocks from the start, and a set of hashes says all that a node holds. The salt keeps models and
+templates apart.
 
 Hash: BLAKE2b of 8 bytes, keyed by nothing, since it is in the standard library and takes 0.7 us a block; a client that
 looks for collisions could at most mislead routing, never an answer.
@@ -164,12 +166,12 @@ def _message(message: Any) -> bytes:
     if not isinstance(content, str) and content not in _EMPTY:
         rest["content"] = content
         content = ""
-    parts = (str(role), content or "", _json(rest).decode() if rest else "")
+    parts = (str(role), _json(rest).decode("utf-8", "surrogatepass") if rest else "", content or "")
     return "\0".join(parts).encode("utf-8", "surrogatepass")
 
 
 def _record(data: bytes) -> bytes:
-    return len(data).to_bytes(4, "big") + data
+    return data + len(data).to_bytes(4, "big")
 
 
 def _json(value: Any) -> bytes:
