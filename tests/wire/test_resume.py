@@ -87,10 +87,18 @@ def test_committed_ids_follow_without_gap_or_repeat() -> None:
     committed.add(Marker(1, 2, ()))
     committed.add(Marker(0, 1, (9,)))
     assert (committed.ids(), committed.size) == (((9,), (5, 6)), 3)
-    for wrong in (Marker(0, 3, (1,)), Marker(0, 1, (1,)), Marker(-1, 1, (1,)), Marker(5000, 1, (1,))):
+    for wrong in (
+        Marker(0, 3, (1,)),
+        Marker(0, 1, (1,)),
+        Marker(7, 3, (1,)),
+        Marker(-1, 1, (1,)),
+        Marker(5000, 1, (1,)),
+    ):
         with pytest.raises(ValueError, match="choice"):
             committed.add(wrong)
-    assert committed.ids() == ((9,), (5, 6))
+    with pytest.raises(ValueError, match="32 bits"):
+        committed.add(Marker(0, 2, (2**31,)))
+    assert (committed.ids(), committed.size) == (((9,), (5, 6)), 3)
 
 
 def test_choices_that_have_not_begun_are_empty() -> None:
