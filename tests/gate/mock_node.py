@@ -262,6 +262,7 @@ class MockNode:
                         step = Step(b"", step.marker, step.count)
                 await self._chunk(writer, step.frames + step.marker)
             if fault == "die_at_end":
+                await self._read_by_gate()
                 raise _HangUp
             *rest, done = script.ending()
             await self._chunk(writer, b"".join([*rest, sse.usage_comment(script.usage), done]))
@@ -296,7 +297,17 @@ class MockNode:
         if fault == "sleep":
             await self._held("stream")
         elif fault == "die" or said:
+            await self._read_by_gate()
             raise _HangUp
+
+    async def _read_by_gate(self) -> None:
+        """Wait until the gate has read what was sent: its event loop has come round when it has polled twice more.
+
+        What is still unread when a connection is reset, the gate's HTTP library throws away.
+        """
+        polls = self.polls
+        while self.polls < polls + 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     async def _held(self, what: str) -> None:
         """Wait while the test holds this back. Polled: the test sets it from another thread."""
