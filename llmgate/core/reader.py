@@ -21,7 +21,7 @@ from __future__ import annotations
 
 from llmnode.wire import sse
 from llmnode.wire.node import Usage
-from llmnode.wire.resume import HANDOVER, Committed, read_marker
+from llmnode.wire.resume import HANDOVER, Committed
 
 _COLON = b":"
 _MARK = b": t "
@@ -47,6 +47,7 @@ class Reader:
         self.handover = False
         self.error: bytes | None = None
         self.broken = ""
+        self.over = False
         self.usage: Usage | None = None
         self._committed = committed
         self._limit = limit
@@ -55,38 +56,48 @@ class Reader:
         self._parts: list[bytes] = []
         self._part_bytes = 0
 
-    @property
-    def over(self) -> bool:
-        return self.done or self.handover or self.error is not None or self.broken != ""
-
     def feed(self, chunk: bytes) -> bytes:
         """What goes to the client now that `chunk` has come, in whole frames."""
         self.content = False
+        if self.over:
+            return b""
         ready: list[bytes] = []
-        if not self.over:
-            try:
-                self._take(self._frames(chunk), ready)
-            except ValueError as error:
-                self.broken = str(error)
+        try:
+            self._take(self._frames(chunk), ready)
+        except ValueError as error:
+            self.broken, self.over = str(error), True
         if not ready:
             return b""
         ready.append(b"")
         return b"\n\n".join(ready)
 
     def _take(self, frames: list[bytes], ready: list[bytes]) -> None:
+        held, committed = self._held, self._committed
         for frame in frames:
-            if not frame.startswith(_COLON):
-                self._data(frame, ready)
-            elif frame.startswith(_MARK):
-                self._commit(frame, ready)
-            elif frame == _HANDOVER:
-                self.handover = True
-            elif frame.startswith(_USAGE):
-                self.usage = sse.read_usage(frame)
-            else:
-                ready.append(frame)
-            if self.over:
+            if frame.startswith(_COLON):
+                if frame.startswith(_MARK):
+                    if committed is not None:
+                        committed.read(frame)
+                        self._release(ready)
+                elif frame.startswith(_USAGE):
+                    self.usage = sse.read_usage(frame)
+                elif frame == _HANDOVER:
+                    self.handover = self.over = True
+                    return
+                else:
+                    ready.append(frame)
+            elif frame.startswith(_ERROR):
+                self.error, self.over = frame[len(b"data: ") :], True
                 return
+            else:
+                held.append(frame)
+                self._held_bytes += len(frame)
+                if frame == _DONE:
+                    self._release(ready)
+                    self.done = self.over = True
+                    return
+                if committed is None:
+                    self._release(ready)
         if self._held_bytes + self._part_bytes > self._limit:
             raise ValueError(f"more than {self._limit} bytes wait for the end of a frame or for its commit marker")
 
@@ -104,28 +115,9 @@ class Reader:
             self._part_bytes = len(rest)
         return frames
 
-    def _data(self, frame: bytes, ready: list[bytes]) -> None:
-        if frame.startswith(_ERROR):
-            self.error = frame[len(b"data: ") :]
-            return
-        self._held.append(frame)
-        self._held_bytes += len(frame)
-        if frame == _DONE:
-            self.done = True
-        if self.done or self._committed is None:
-            self._release(ready)
-
-    def _commit(self, frame: bytes, ready: list[bytes]) -> None:
-        if self._committed is None:
-            return
-        mark = read_marker(frame + b"\n\n")
-        assert mark is not None, "it begins like one"
-        self._committed.add(mark)
-        if self._held:
-            self._release(ready)
-
     def _release(self, ready: list[bytes]) -> None:
-        ready += self._held
-        self._held.clear()
-        self._held_bytes = 0
-        self.content = True
+        if self._held:
+            ready += self._held
+            self._held.clear()
+            self._held_bytes = 0
+            self.content = True
