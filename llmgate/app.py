@@ -21,6 +21,7 @@ from sanic import Sanic
 from sanic.server.async_server import AsyncioServer
 
 from llmgate.api import admin, errors, openai, probes
+from llmgate.api.conversation import Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
@@ -160,7 +161,7 @@ class Gate:
             }
         )
         errors.install(app, settings.body_limit_bytes)
-        conversations = openai.Conversations(
+        conversations = Conversations(
             settings,
             door=self._door,
             view=self._view,
@@ -280,14 +281,13 @@ class Gate:
         server.close()  # type: ignore[no-untyped-call]
         if door.active:
             log.warning("cutting %d requests that are still running", door.active)
-            door.closed = True
         else:
             await self._flush(server)
         for connection in list(server.connections):
             # Not Sanic's own abort(), which takes the transport away from a handler that is still to be cancelled.
             if connection.transport:
                 connection.transport.abort()
-        await door.empty()
+        await door.close()
         log.info("stopped")
 
     async def _flush(self, server: AsyncioServer) -> None:

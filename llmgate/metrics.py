@@ -17,6 +17,8 @@ from llmgate.core.health import Condition
 
 # From a warm prefix on a GPU to a long prompt on a CPU.
 _TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100)
+# From a node that hands its streams over to a wait for the only one there is to come back.
+_PAUSE_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 250)
 _DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 UNKNOWN = "unknown"
 
@@ -47,6 +49,19 @@ class Metrics:
         )
         self.transitions = Counter(
             "llmgate_node_transitions", "States of health that nodes came to", ["node", "to"], registry=self.registry
+        )
+        self.resumes = Counter(
+            "llmgate_resumes", "Attempts to go on with a broken answer", ["model", "outcome"], registry=self.registry
+        )
+        self.lost = Counter(
+            "llmgate_streams_lost", "Answers that clients saw break off", ["model", "reason"], registry=self.registry
+        )
+        self.pause = Histogram(
+            "llmgate_stream_pause_seconds",
+            "Without content at the client, between one node's and the next one's",
+            ["model"],
+            buckets=_PAUSE_BUCKETS,
+            registry=self.registry,
         )
         self.first_token = Histogram(
             "llmgate_time_to_first_token_seconds",

@@ -1,18 +1,20 @@
 """One attempt at one node: the request's bytes out, the answer's bytes in, cancellation both ways.
 
 Owns the HTTP client; nobody else in the gate imports one. Decides nothing about other nodes: it says what came of the
-attempt and `core/plan.py` goes on from there.
+attempt and `core/plan.py` goes on from there. Which bytes may go on, `core/reader.py` knows.
 
 The answer takes one of three ways:
 - an error status: read whole (bounded) and kept, so that the plan may try elsewhere or hand it on;
-- a JSON answer: read whole before anything is sent on, so that a node dying halfway can still be replaced;
-- a stream: passed on frame by frame as the frames complete. Nothing is sent before the first frame. After keepalives
-  alone another node may still answer; after content, a failure ends the stream with an error event and no `[DONE]`.
+- a JSON answer: read whole before anything is sent on, so that a node dying halfway can still be replaced. A node that
+  speaks resume sends it as an event stream with commit markers, so that what it has done so far is not lost either;
+- a stream: passed on as its frames are committed, with one write for each read. Nothing is sent before the first frame.
 
-Memory per request: one frame being completed (at most FRAME_LIMIT) plus what the two sockets buffer (64 KiB each);
-the next frame is read only when the client's socket has taken this one.
+Memory per request: frames that wait for their marker and the one being completed (at most FRAME_LIMIT together, or
+BODY_LIMIT for an answer that is collected), 4 bytes for each committed token id, and what the two sockets buffer
+(64 KiB each); more is read only when the client's socket has taken what came before.
 
-Cancelling the task closes the connection to the node at once, which is how a node learns that its client has gone.
+Cancelling the task closes the connection to the node at once, which is how a node learns that its client has gone. So
+does the end of an attempt that failed: a node that was only asleep must not speak again.
 """
 
 from __future__ import annotations
@@ -20,18 +22,21 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, field
 from typing import Protocol
 
 import aiohttp
 import httpx
 from httpx_aiohttp import AiohttpTransport
 
-from llmgate.core.plan import Kind, Outcome
+from llmgate.core.plan import Got, Kind, Outcome
+from llmgate.core.reader import Reader
+from llmgate.core.seats import Origin
 from llmnode.wire import headers as names
-from llmnode.wire import sse
+from llmnode.wire import resume
 from llmnode.wire.node import Usage
+from llmnode.wire.resume import Committed, Fixed, Resume
 
 FRAME_LIMIT = 4 * 1024 * 1024
 BODY_LIMIT = 64 * 1024 * 1024
@@ -42,7 +47,6 @@ _KEEP_IDLE_S = 15.0
 
 _FORWARD = ("content-type", "accept", "traceparent", "tracestate", "user-agent")
 _RETURN = ("content-type", names.IGNORED, "x-accel-buffering", "cache-control")
-_ERROR_EVENT = b'data: {"error":'
 _ERROR_STATUS = {
     "invalid_request_error": 400,
     "authentication_error": 401,
@@ -55,7 +59,10 @@ _FAILURES = (httpx.HTTPError, httpx.StreamError, aiohttp.ClientError, OSError, a
 
 
 class Client(Protocol):
-    """The gate's side of the client's connection. `begin` is called once, before the first `send`."""
+    """The gate's side of the client's connection. `begin` is called once, before the first `send`; `begun` tells."""
+
+    @property
+    def begun(self) -> bool: ...
 
     async def begin(self, status: int, headers: Mapping[str, str]) -> None: ...
 
@@ -75,9 +82,13 @@ class Whole:
 class Exchange:
     """What one client request has got so far, over all its attempts. Filled in by the relay, read by the log.
 
-    begun: the status line is out.   content: some content is out, so that no other node may take over.
-    told: the node said itself, in the stream, what went wrong.      first_content: clock reading, seconds.
-    kept: the last answer that was read whole, not sent yet.
+    fixed: what must not differ between nodes.    deadline: clock seconds.    sent: when the client last got a byte, or
+    the request came.
+    origin: the model of the node that is asked to begin; None when it speaks no resume.    committed: ids that are out.
+    content: some content is out, so that another node may only go on.
+    resumable: `committed` stands for all that is out.    first_content: clock reading.    pauses: seconds in which the
+    client heard nothing, between content of one node and of the next.
+    kept: the last answer or error that was read whole, not sent yet.
     """
 
     request_id: str
@@ -85,12 +96,21 @@ class Exchange:
     body: bytes
     headers: Mapping[str, str]
     stream: bool
-    begun: bool = False
+    fixed: Fixed
+    deadline: float
+    sent: float
+    origin: Origin | None = None
+    committed: Committed = field(default_factory=Committed)
     content: bool = False
-    told: bool = False
+    resumable: bool = True
     first_content: float | None = None
+    last_content: float = 0.0
+    pauses: list[float] = field(default_factory=list)
     usage: Usage | None = None
     kept: Whole | None = None
+
+    def got(self) -> Got:
+        return Got(self.committed.size, self.content, self.resumable)
 
 
 class Relay:
@@ -132,18 +152,26 @@ class Relay:
             refused = isinstance(error.__cause__ or error, aiohttp.ClientConnectorError)
             raise (ConnectionRefusedError if refused else ConnectionError)(_reason(error)) from error
 
-    async def attempt(self, base: str, exchange: Exchange, client: Client) -> Outcome:
+    async def begin(self, base: str, exchange: Exchange, client: Client) -> Outcome:
         """Send the request to one node and pass its answer on. Never raises but for cancellation by the client."""
+        exchange.committed = Committed()
+        return await self._attempt(base + exchange.path, exchange.body, exchange, client, resumed=False)
+
+    async def resume(self, base: str, exchange: Exchange, client: Client) -> Outcome:
+        """Have one node go on with what is committed, and pass that on. Raises like `begin`."""
+        origin = exchange.origin
+        assert origin is not None, "what is committed has an origin"
+        body = Resume(
+            exchange.path, origin.model, origin.digest, exchange.fixed, exchange.committed.ids(), exchange.body
+        ).write()
+        return await self._attempt(base + resume.PATH, body, exchange, client, resumed=True)
+
+    async def _attempt(self, url: str, body: bytes, exchange: Exchange, client: Client, *, resumed: bool) -> Outcome:
         exchange.kept = None
-        timeout = httpx.Timeout(
-            connect=self._connect_s,
-            read=self._stall_s if exchange.stream else self._request_s,
-            write=self._stall_s,
-            pool=None,
-        )
-        request = self._http.build_request(
-            "POST", base + exchange.path, content=exchange.body, headers=self._headers(exchange), timeout=timeout
-        )
+        # A node that speaks no resume is silent until the whole of a JSON answer is there.
+        patience = self._stall_s if exchange.stream or exchange.origin else self._request_s
+        timeout = httpx.Timeout(connect=self._connect_s, read=patience, write=self._stall_s, pool=None)
+        request = self._http.build_request("POST", url, content=body, headers=self._headers(exchange), timeout=timeout)
         try:
             response = await self._http.send(request, stream=True)
         except _FAILURES as error:
@@ -151,8 +179,13 @@ class Relay:
         try:
             if response.status_code != 200:
                 return await self._refused(response, exchange)
+            marked = response.headers.get(names.RESUMABLE) == str(resume.VERSION)
+            if resumed and not marked:
+                return Outcome(Kind.BROKE, detail="its answer to a resume has no commit markers")
+            if marked and not exchange.stream:
+                return await self._collect(response, exchange)
             if response.headers.get("content-type", "").startswith("text/event-stream"):
-                return await self._stream(response, exchange, client)
+                return await self._stream(response, exchange, client, marked=marked)
             return await self._whole(response, exchange)
         except _FAILURES as error:
             return _failure(error)
@@ -176,38 +209,45 @@ class Relay:
         exchange.kept = Whole(response.status_code, _returned(response), body)
         return Outcome(Kind.ANSWERED)
 
-    async def _stream(self, response: httpx.Response, exchange: Exchange, client: Client) -> Outcome:
-        frames = sse.Frames(FRAME_LIMIT)
-        done = False
-        try:
-            async for chunk in response.aiter_raw():
-                ready: list[bytes] = []
-                for frame in frames.feed(chunk):
-                    usage = sse.read_usage(frame)
-                    if usage:
-                        exchange.usage = usage
-                        continue
-                    if frame.startswith(_ERROR_EVENT):
-                        if not exchange.content:
-                            return _refused_in_stream(frame, exchange)
-                        exchange.told = True
-                    if not frame.startswith(b":") and not exchange.content:
-                        exchange.content = True
-                        exchange.first_content = self._clock()
-                    done = done or frame == sse.DONE
-                    ready.append(frame)
-                if ready:
-                    await self._pass_on(response, exchange, client, b"".join(ready))
-            outcome = Outcome(Kind.BROKE, detail="it ended the stream without [DONE]")
-        except _FAILURES as error:
-            outcome = _failure(error)
-        if done:
-            return Outcome(Kind.ANSWERED)
-        return Outcome(Kind.CUT, detail=outcome.detail) if exchange.content else outcome
+    async def _collect(self, response: httpx.Response, exchange: Exchange) -> Outcome:
+        """A JSON answer in the form of a stream: one event that holds the body, with markers before it."""
+        frames: list[bytes] = []
 
-    async def _pass_on(self, response: httpx.Response, exchange: Exchange, client: Client, data: bytes) -> None:
-        if not exchange.begun:
-            exchange.begun = True
+        async def keep(data: bytes) -> None:
+            frames.extend(frame for frame in data.split(b"\n\n") if frame.startswith(b"data: "))
+
+        outcome = await _follow(response, Reader(exchange.committed, BODY_LIMIT), exchange, keep)
+        if outcome.kind is not Kind.ANSWERED:
+            return outcome
+        if len(frames) != 2:
+            return Outcome(Kind.BROKE, detail=f"its answer came in {len(frames) - 1} events instead of one")
+        body = frames[0][len(b"data: ") :]
+        exchange.first_content = self._clock()
+        exchange.usage = exchange.usage or _usage(body)
+        exchange.kept = Whole(200, _returned(response) | {"content-type": "application/json"}, body)
+        return outcome
+
+    async def _stream(self, response: httpx.Response, exchange: Exchange, client: Client, *, marked: bool) -> Outcome:
+        reader = Reader(exchange.committed if marked else None, FRAME_LIMIT)
+        silent = True
+
+        async def pass_on(data: bytes) -> None:
+            nonlocal silent
+            now = self._clock()
+            if reader.content:
+                if not exchange.content:
+                    exchange.content, exchange.resumable, exchange.first_content = True, marked, now
+                elif silent:
+                    exchange.pauses.append(now - exchange.last_content)
+                silent = False
+                exchange.last_content = now
+            exchange.sent = now
+            await self._pass_on(response, client, data)
+
+        return await _follow(response, reader, exchange, pass_on)
+
+    async def _pass_on(self, response: httpx.Response, client: Client, data: bytes) -> None:
+        if not client.begun:
             # A proxy in front of the gate must not hold a stream back, whatever the node said.
             await client.begin(response.status_code, {"x-accel-buffering": "no"} | _returned(response))
         await client.send(data)
@@ -225,8 +265,11 @@ class Relay:
         """What goes to the node: a short list of the client's headers, and ours."""
         headers = {name: exchange.headers[name] for name in _FORWARD if name in exchange.headers}
         headers[names.REQUEST_ID] = exchange.request_id
-        if exchange.stream:
+        headers[names.DEADLINE_MS] = str(max(1, int((exchange.deadline - self._clock()) * 1000)))
+        if exchange.stream or exchange.origin:
             headers[names.REPORT_USAGE] = "1"
+        if exchange.origin:
+            headers[names.RESUMABLE] = exchange.fixed.header()
         return headers | self._authorization()
 
     def _authorization(self) -> dict[str, str]:
@@ -237,6 +280,32 @@ def _session() -> aiohttp.ClientSession:
     # limit=0: the node's own queue says when it is full, a cap here would only hide it.
     connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S)
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
+
+
+async def _follow(
+    response: httpx.Response, reader: Reader, exchange: Exchange, take: Callable[[bytes], Awaitable[None]]
+) -> Outcome:
+    """Read an event stream to its end, or to where there is nothing more to be had from it."""
+    failure: Outcome | None = None
+    try:
+        async for chunk in response.aiter_raw():
+            data = reader.feed(chunk)
+            if data:
+                await take(data)
+            if reader.over and not reader.done:
+                break
+    except _FAILURES as error:
+        failure = _failure(error)
+    exchange.usage = reader.usage or exchange.usage
+    if reader.done:  # what comes after that, or does not, is nobody's concern
+        return Outcome(Kind.ANSWERED)
+    if reader.handover:
+        return Outcome(Kind.HANDOVER)
+    if reader.error is not None:
+        return _failed(reader.error, exchange)
+    if failure:
+        return failure
+    return Outcome(Kind.BROKE, detail=reader.broken or "it ended the stream without [DONE]")
 
 
 async def _read(response: httpx.Response, limit: int) -> bytes:
@@ -288,13 +357,12 @@ def _error(body: bytes) -> tuple[str, str, str]:
         return "", "", ""
 
 
-def _refused_in_stream(frame: bytes, exchange: Exchange) -> Outcome:
-    """A node that fails after its first keepalive can only say so in the stream; for the plan it is a refusal."""
-    body = frame[len(b"data: ") :].strip()
+def _failed(body: bytes, exchange: Exchange) -> Outcome:
+    """A node that fails after its first byte can only say so in the stream; it is kept as the answer it stands for."""
     kind, code, message = _error(body)
     status = _ERROR_STATUS.get(kind, 500)
     exchange.kept = Whole(status, {"content-type": "application/json"}, body)
-    return Outcome(Kind.REFUSED, status, code, None, message)
+    return Outcome(Kind.FAILED, status, code, None, message)
 
 
 def _usage(body: bytes) -> Usage | None:

@@ -55,7 +55,12 @@ class Settings:
     request_timeout_s: float = setting(
         600.0, "time for one request, all its attempts together", unit="seconds", minimum=0.1
     )
-    tries: int = setting(3, "nodes to try for one request", minimum=1, maximum=100)
+    tries: int = setting(
+        5,
+        "nodes that may fail at the same place of one answer, its beginning included, before it is given up",
+        minimum=1,
+        maximum=100,
+    )
     drain_seconds: float = setting(60.0, "on SIGTERM, how long running requests may go on", unit="seconds", minimum=0)
     body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)
     require_keys: bool = setting(True, "refuse requests without an API key; the admin API always wants an admin key")

@@ -7,6 +7,7 @@ import re
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from sanic import Request
 
@@ -17,10 +18,11 @@ from llmnode.wire.errors import Overloaded
 
 _ID = re.compile(r"[A-Za-z0-9._-]{1,128}")
 _COME_BACK_S = 2.0
+_CUT_AGAIN_S = 0.5
 
 
 class Door:
-    """Lets requests in. `active` counts those inside.
+    """Lets requests in, and in the end puts them out. `active` counts those inside.
 
     draining: set once; no more come in.   closed: set once; those still inside are being cut.
     """
@@ -30,9 +32,13 @@ class Door:
         self._require_keys = require_keys
         self.draining = False
         self.closed = False
-        self.active = 0
+        self._inside: set[asyncio.Task[Any]] = set()
         self._empty = asyncio.Event()
         self._empty.set()
+
+    @property
+    def active(self) -> int:
+        return len(self._inside)
 
     def who(self, request: Request) -> Key:
         """The key that a request shows. Raises Unauthorized."""
@@ -46,18 +52,31 @@ class Door:
         """Hold the gate open for one request. Raises Overloaded while the gate drains."""
         if self.draining:
             raise Overloaded("this gate is shutting down", retry_after=_COME_BACK_S, code="draining")
-        self.active += 1
+        task = asyncio.current_task()
+        assert task is not None, "a request has a task"
+        self._inside.add(task)
         self._empty.clear()
         try:
             yield
         finally:
-            self.active -= 1
-            if not self.active:
+            self._inside.remove(task)
+            if not self._inside:
                 self._empty.set()
 
     async def empty(self) -> None:
         """Wait until nobody is inside."""
         await self._empty.wait()
+
+    async def close(self) -> None:
+        """Cut those that are still inside, and wait until they have gone.
+
+        Asked more than once: libraries have been seen to let a cancellation pass that comes at an unlucky moment.
+        """
+        self.closed = True
+        while self._inside:
+            for task in self._inside:
+                task.cancel()
+            await asyncio.wait(self._inside, timeout=_CUT_AGAIN_S)
 
 
 def request_id(request: Request) -> str:

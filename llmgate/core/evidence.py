@@ -13,11 +13,13 @@ from llmgate.core.plan import Kind, Outcome
 
 SAYS: Mapping[Kind, Signal] = {
     Kind.ANSWERED: Signal.PASSED,
-    Kind.CUT: Signal.FAILED,
     Kind.BROKE: Signal.FAILED,
     Kind.STALLED: Signal.FAILED,
     Kind.UNREACHABLE: Signal.GONE,
+    Kind.HANDOVER: Signal.ENDED,
     Kind.REFUSED: Signal.ENDED,
+    Kind.FAILED: Signal.ENDED,
+    Kind.LATE: Signal.ENDED,
 }
 _NO_FAULT = (503, 504)
 """Full or leaving; and the request's own time was up. Other statuses from 500 are the node's fault."""

@@ -64,6 +64,7 @@ class Ask:
     """What routing needs to know of a request. `kinds`: a node must offer the model for one of these uses.
 
     request: its id.    dice: 64 random bits.    key: whose it is; fallbacks that it may not use are left out.
+    begun: this model has begun the answer, and no other can go on with it.
     """
 
     model: str
@@ -72,6 +73,7 @@ class Ask:
     request: str = ""
     dice: int = 0
     key: Key = ANONYMOUS
+    begun: bool = False
 
 
 @dataclass(frozen=True)
@@ -228,7 +230,7 @@ def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str]) -> ApiEr
 def _model(fleet: Fleet, ask: Ask, now: float, stale_after: float) -> tuple[str, Route, Found]:
     """The name of the model that answers, its route, and who may do it."""
     first = fleet.meant(ask.model)
-    others = [name for name in fleet.route_of(first).fallback if ask.key.may_use(name)]
+    others = [name for name in fleet.route_of(first).fallback if ask.key.may_use(name) and not ask.begun]
     every: list[tuple[str, Route, Found]] = []
     for name in (first, *others):
         route = fleet.route_of(name)

@@ -24,6 +24,7 @@ The markers are the gate's; no client sees them. A line that begins with a colon
 from __future__ import annotations
 
 import json
+from array import array
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -37,6 +38,8 @@ LONGEST_HEAD = 16 * 1024 * 1024
 _MARK = b": t "
 _LAST_SECOND = 253_402_300_799
 """Of the year 9999: the calendar that templates see ends there."""
+_MOST_IDS = 2 * 1024 * 1024
+"""Of one answer, all choices together: as JSON they fit into `LONGEST_HEAD`."""
 _ID_CHARACTERS = frozenset("0123456789abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ-_")
 
 
@@ -161,25 +164,46 @@ def read_marker(frame: bytes) -> Marker | None:
 
 
 class Committed:
-    """The ids of each choice that are out, as the gate keeps them. `size`: how many in all."""
+    """The ids of each choice that are out, as the gate keeps them: 4 bytes each. `size`: how many in all."""
 
     def __init__(self) -> None:
-        self._ids: list[list[int]] = []
+        self.size = 0
+        self._ids: list[array[int]] = []
 
-    @property
-    def size(self) -> int:
-        return sum(map(len, self._ids))
+    def read(self, frame: bytes) -> None:
+        """Add a marker as it stands, without its blank line. The same as `add`, and faster for the one id of one step:
+        the gate does this for each token of each stream."""
+        choice, _, rest = frame[len(_MARK) :].partition(b" ")
+        count, _, ids = rest.partition(b" ")
+        if choice.isdigit() and count.isdigit() and ids.isdigit() and self.size < _MOST_IDS:
+            index, id = int(choice), int(ids)
+            if index < len(self._ids) and int(count) == len(self._ids[index]) + 1 and id < 2**32:
+                self._ids[index].append(id)
+                self.size += 1
+                return
+        mark = read_marker(frame + b"\n\n")
+        if mark is None:
+            raise ValueError(f"no commit marker: {frame[:80]!r}")
+        self.add(mark)
 
     def add(self, mark: Marker) -> None:
         """Raises ValueError when the marker's count does not follow: a gap or a repeat, which nobody may paper over."""
-        if not 0 <= mark.choice < 1024:
-            raise ValueError(f"there is no choice {mark.choice}")
-        while len(self._ids) <= mark.choice:
-            self._ids.append([])
-        ids = self._ids[mark.choice]
-        if mark.count != len(ids) + len(mark.ids):
-            raise ValueError(f"{len(mark.ids)} ids after {len(ids)} of choice {mark.choice} do not make {mark.count}")
-        ids += mark.ids
+        choice, count, ids = mark.choice, mark.count, mark.ids
+        if not 0 <= choice < 1024:
+            raise ValueError(f"there is no choice {choice}")
+        known = len(self._ids[choice]) if choice < len(self._ids) else 0
+        if count != known + len(ids):
+            raise ValueError(f"{len(ids)} ids after {known} of choice {choice} do not make {count}")
+        if self.size + len(ids) > _MOST_IDS:
+            raise ValueError(f"an answer has more than {_MOST_IDS} ids")
+        try:
+            new = array("I", ids)
+        except OverflowError:
+            raise ValueError(f"an id of choice {choice} is not from 0 to 2**32 - 1") from None
+        while len(self._ids) <= choice:
+            self._ids.append(array("I"))
+        self._ids[choice].extend(new)
+        self.size += len(ids)
 
     def ids(self) -> tuple[tuple[int, ...], ...]:
         return tuple(map(tuple, self._ids))

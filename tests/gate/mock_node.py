@@ -1,10 +1,13 @@
-"""A node without a model: speaks /node and the chat endpoint, and misbehaves on demand.
+"""A node without a model: speaks /node, the chat endpoint and, when asked to, /resume, and misbehaves on demand.
 
 Runs in a thread of the test with an event loop of its own, on a raw asyncio server, so that it can do what no framework
 allows: hang up in the middle of a frame, answer half a header, never read on.
 
     with MockNode("a") as node:
         node.fault = "die_mid_stream"
+
+A node with `resume` answers the gate's requests with commit markers, as `mock_answer.py` says, and its faults strike
+when `at` ids of a choice are out, those counted that were out before it was asked to go on.
 """
 
 from __future__ import annotations
@@ -12,21 +15,28 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import hashlib
+import itertools
 import json
 import socket
 import threading
 from typing import Any
 
+from llmnode.wire import headers as names
 from llmnode.wire import sse
 from llmnode.wire.node import Load, Model, Report, State, Usage
+from llmnode.wire.resume import HANDOVER, PATH, VERSION, Fixed, Resume
+from tests.gate.mock_answer import Script, Step
 
+_boots = itertools.count()
 WORDS = ("one", "two", "three", "four", "five")
 
 
 class MockNode:
     """One fake node. Attributes may be changed while it runs.
 
-    fault: what to do with a POST instead of answering it well; the names are those that `_post` and `_stream` look for.
+    fault: what to do with a POST instead of answering it well; the names are those that `_post`, `_stream` and
+           `_strike` look for.    at: see above.
+    faults: (fault, at) of the next POSTs, one each, before `fault` counts again; several nodes may share the list.
     requests: every POST seen: {"path", "headers", "body"}.
     usage: what it says that each answer cost.
     open: streams running now.   closed: answers that the gate hung up on.   sent_bytes: of streams, taken by the gate.
@@ -34,17 +44,30 @@ class MockNode:
           second word.
     """
 
-    def __init__(self, name: str, model: str = "tiny", port: int = 0, token: str = "", n_ctx: int = 4096) -> None:
+    def __init__(
+        self,
+        name: str,
+        model: str = "tiny",
+        port: int = 0,
+        token: str = "",
+        n_ctx: int = 4096,
+        resume: bool = False,
+        digest: str = "d1",
+        template: str = "t1",
+    ) -> None:
         self.name = name
         self.token = token
         self.fault = ""
+        self.at = 0
+        self.faults: list[tuple[str, int]] = []
         self.report = Report(
-            boot=f"boot-{name}",
+            boot=f"boot-{name}-{next(_boots)}",
             release="r1",
             config="c1",
             state=State.READY,
-            models=(Model(id=model, aliases=(f"{model}-alias",), n_ctx=n_ctx),),
+            models=(Model(model, (f"{model}-alias",), n_ctx=n_ctx, template=template, digest=digest),),
             load=Load(slots=4),
+            resume=VERSION if resume else 0,
         )
         self.requests: list[dict[str, Any]] = []
         self.usage = Usage(11, 3, len(WORDS))
@@ -110,7 +133,7 @@ class MockNode:
                     await self._get(path, headers, writer)
                 else:
                     self.requests.append({"path": path, "headers": headers, "body": body})
-                    await self._post(json.loads(body), reader, writer)
+                    await self._post(path, headers, body, reader, writer)
         except (asyncio.IncompleteReadError, ConnectionError, _HangUp, asyncio.CancelledError):
             pass  # cancelled: the node is being stopped, which ends this task all the same
         finally:
@@ -130,9 +153,17 @@ class MockNode:
         else:
             await self._answer(writer, 200, body, etag=etag)
 
-    async def _post(self, ask: dict[str, Any], reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+    async def _post(
+        self,
+        path: str,
+        headers: dict[str, str],
+        body: bytes,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
         await self._held("post")
-        fault = self.fault
+        fault, at = self.faults.pop(0) if self.faults else (self.fault, self.at)
+        fixed = Fixed.parse(headers[names.RESUMABLE]) if self.report.resume and names.RESUMABLE in headers else None
         if fault == "refuse_503":
             await self._answer(writer, 503, _error("overloaded", "overloaded_error"), **{"retry-after": "7"})
         elif fault == "error_500":
@@ -143,13 +174,20 @@ class MockNode:
             await self._answer(writer, 404, _error("model_not_found"))
         elif fault == "bad_request":
             await self._answer(writer, 400, _error("invalid_value"))
+        elif fault == "conflict":
+            await self._answer(writer, 409, _error("model_differs"))
         elif fault == "too_long":
             await self._answer(writer, 400, _error("context_length_exceeded"))
         elif fault == "hang_up":
             raise _HangUp
-        elif fault == "stall":
+        elif fault == "stall" and not at:
             await self._until_closed(reader)
-        elif ask.get("stream"):
+        elif path == PATH:
+            resume = Resume.parse(body)
+            await self._marked(Script(resume.body, resume.fixed, resume.model), resume.ids, fault, at, reader, writer)
+        elif fixed:
+            await self._marked(Script(body, fixed, self.report.models[0].id), (), fault, at, reader, writer)
+        elif json.loads(body).get("stream"):
             await self._stream(fault, reader, writer)
         elif fault == "die_in_body":
             writer.write(b'HTTP/1.1 200 OK\r\ncontent-type: application/json\r\ncontent-length: 500\r\n\r\n{"id":')
@@ -197,6 +235,79 @@ class MockNode:
             raise
         finally:
             self.open -= 1
+
+    async def _marked(
+        self,
+        script: Script,
+        out: tuple[tuple[int, ...], ...],
+        fault: str,
+        at: int,
+        reader: asyncio.StreamReader,
+        writer: asyncio.StreamWriter,
+    ) -> None:
+        writer.write(
+            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-llmrack-ignored: store\r\n"
+            b"x-llmrack-resumable: %d\r\ntransfer-encoding: chunked\r\n\r\n" % VERSION
+        )
+        self.open += 1
+        try:
+            struck = not fault
+            for step in script.steps(out):
+                if not struck and step.count > at:
+                    struck = True
+                    await self._strike(fault, step, reader, writer)
+                    if fault == "skip":
+                        continue
+                    if fault == "skip_unseen":
+                        step = Step(b"", step.marker, step.count)
+                await self._chunk(writer, step.frames + step.marker)
+            if fault == "die_at_end":
+                await self._read_by_gate()
+                raise _HangUp
+            *rest, done = script.ending()
+            await self._chunk(writer, b"".join([*rest, sse.usage_comment(script.usage), done]))
+            writer.write(b"0\r\n\r\n")
+            await writer.drain()
+        except (ConnectionError, asyncio.IncompleteReadError):
+            self.closed += 1
+            raise
+        finally:
+            self.open -= 1
+
+    async def _strike(self, fault: str, step: Step, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        """What goes wrong in an answer with markers, instead of the step or before it."""
+        bad = b": t 0 999 1\n\n"
+        said = {
+            "die_before_marker": step.frames,
+            "die_in_marker": step.frames + step.marker[:-4],
+            "die_in_frame": step.frames[:20] or step.marker[:4],
+            "wrong_count": step.frames + bad,
+            "no_count": step.frames + b": t x\n\n",
+            "late_wrong_count": step.frames + step.marker + bad,
+            "handover": HANDOVER,
+            "keepalive_then_stall": sse.KEEPALIVE,
+            "error": b"data: " + _error("internal_error", "server_error") + b"\n\n",
+            "overloaded": b"data: " + _error("node_stopping", "overloaded_error") + b"\n\n",
+            "client_error": b"data: " + _error("invalid_value") + b"\n\n",
+        }.get(fault)
+        if said:
+            await self._chunk(writer, said)
+        if fault in ("stall", "keepalive_then_stall"):
+            await self._until_closed(reader)
+        if fault == "sleep":
+            await self._held("stream")
+        elif fault == "die" or said:
+            await self._read_by_gate()
+            raise _HangUp
+
+    async def _read_by_gate(self) -> None:
+        """Wait until the gate has read what was sent: its event loop has come round when it has polled twice more.
+
+        What is still unread when a connection is reset, the gate's HTTP library throws away.
+        """
+        polls = self.polls
+        while self.polls < polls + 2:  # noqa: ASYNC110
+            await asyncio.sleep(0.01)
 
     async def _held(self, what: str) -> None:
         """Wait while the test holds this back. Polled: the test sets it from another thread."""

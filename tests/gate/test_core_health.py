@@ -183,7 +183,10 @@ def test_another_process_starts_with_a_clean_record() -> None:
     ("outcome", "signal"),
     [
         (Outcome(Kind.ANSWERED), Signal.PASSED),
-        (Outcome(Kind.CUT), Signal.FAILED),
+        (Outcome(Kind.HANDOVER), Signal.ENDED),
+        (Outcome(Kind.LATE), Signal.ENDED),
+        (Outcome(Kind.FAILED, 500), Signal.FAILED),
+        (Outcome(Kind.FAILED, 503), Signal.ENDED),
         (Outcome(Kind.BROKE), Signal.FAILED),
         (Outcome(Kind.STALLED), Signal.FAILED),
         (Outcome(Kind.UNREACHABLE), Signal.GONE),

@@ -72,6 +72,12 @@ def test_a_model_that_is_absent_or_full_falls_back(events: tuple[Event, ...], mo
         assert (f"fallback from {asked}" in found.notes) is (model == "small")
 
 
+def test_an_answer_that_has_begun_stays_with_its_model() -> None:
+    made = two_models(full("a", "big"), full("b", "big"), big=Route("least-loaded", fallback=("small",)))
+    assert choice(made, ask("x", model="big")).model == "small"
+    assert choice(made, ask("x", model="big", begun=True)).model == "big"
+
+
 def test_a_model_that_nobody_has_ever_served_falls_back_too() -> None:
     made = two_models(huge=Route(fallback=("nothing", "small")))
     found = choice(made, ask(model="huge"))

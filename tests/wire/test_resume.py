@@ -87,10 +87,35 @@ def test_committed_ids_follow_without_gap_or_repeat() -> None:
     committed.add(Marker(1, 2, ()))
     committed.add(Marker(0, 1, (9,)))
     assert (committed.ids(), committed.size) == (((9,), (5, 6)), 3)
-    for wrong in (Marker(0, 3, (1,)), Marker(0, 1, (1,)), Marker(-1, 1, (1,)), Marker(5000, 1, (1,))):
+    for wrong in (
+        Marker(0, 3, (1,)),
+        Marker(0, 1, (1,)),
+        Marker(7, 3, (1,)),
+        Marker(-1, 1, (1,)),
+        Marker(5000, 1, (1,)),
+    ):
         with pytest.raises(ValueError, match="choice"):
             committed.add(wrong)
-    assert committed.ids() == ((9,), (5, 6))
+    for wrong in (Marker(0, 2, (2**32,)), Marker(0, 2, (-1,))):
+        with pytest.raises(ValueError, match="2\\*\\*32 - 1"):
+            committed.add(wrong)
+    assert (committed.ids(), committed.size) == (((9,), (5, 6)), 3)
+
+
+@given(st.lists(st.tuples(st.integers(-1, 3), st.integers(-1, 4), st.lists(st.integers(-1, 2**32), max_size=3))))
+def test_markers_are_added_alike_read_or_as_they_stand(marks: list[tuple[int, int, list[int]]]) -> None:
+    one, other = Committed(), Committed()
+    for choice, count, new in marks:
+        frame = marker(choice, count, new)
+        said = []
+        for add, given_form in ((one.add, read_marker(frame)), (other.read, frame[:-2])):
+            try:
+                add(given_form)  # type: ignore[operator]
+                said.append("")
+            except ValueError as error:
+                said.append(str(error))
+        assert said[0] == said[1]
+        assert (one.ids(), one.size) == (other.ids(), other.size)
 
 
 def test_choices_that_have_not_begun_are_empty() -> None:

@@ -1,0 +1,370 @@
+"""One request for an answer, from the door to the log.
+
+Its life, in the order of the code: who asks -> what for -> which nodes -> attempts and waits, as the plan says ->
+written down. The body is read once, for the model's name, the prompt's chain and whether a stream is wanted; the bytes
+themselves go to the node as they came, but for the model's name where the nodes know it by another.
+
+Decides nothing about nodes: `core/policy.py` ranks them and `core/plan.py` says whom to ask next. Here is what those
+decisions take: clock, dice, the fleet as it is now, and waiting.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from collections.abc import Callable, Coroutine, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from sanic import HTTPResponse, Request
+
+from llmgate.api.door import Door, request_id
+from llmgate.core import body as bodies
+from llmgate.core import evidence, plan, policy
+from llmgate.core.fleet import Dispatched, Finished, Fleet, Node, View
+from llmgate.core.keys import Key, require_model
+from llmgate.core.plan import Kind, Look, Outcome, Seen, Try, Verdict
+from llmgate.core.policy import Ask, Choice
+from llmgate.core.prediction import Sent
+from llmgate.core.prompt import Prompt
+from llmgate.core.record import Record
+from llmgate.core.seats import Origin, Seat, heirs, seats
+from llmgate.ledger import RequestLog
+from llmgate.metrics import UNKNOWN, Metrics
+from llmgate.relay import Exchange, Relay, Whole
+from llmgate.settings import Settings
+from llmnode.wire import headers as names
+from llmnode.wire import sse
+from llmnode.wire.errors import ApiError, InvalidRequest, Overloaded
+from llmnode.wire.resume import Fixed
+
+CLIENT_LEFT = 499
+"""The status logged for a client that went away before an answer began, as nginx logs it. Never sent."""
+KEEPALIVE_S = 10.0
+"""A streaming client for whom nobody works now hears a comment after so much silence. The first one spends the status,
+which is kept as long as an error is still likely."""
+_LONGEST_NAME = 200
+_EVENT_STREAM = {"content-type": "text/event-stream", "cache-control": "no-cache", "x-accel-buffering": "no"}
+
+
+class _Client:
+    """The client's connection, as the relay sees it: the status line waits for the first bytes.
+
+    node: who began the answer, as the client is told.    begun: the status line is out.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self._request = request
+        self._response: HTTPResponse | None = None
+        self.node = ""
+        self.begun = False
+
+    async def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self.begun = True
+        rest = {name: value for name, value in headers.items() if name != "content-type"}
+        response = await self._request.respond(
+            status=status, headers=rest | {names.NODE: self.node}, content_type=headers.get("content-type")
+        )
+        assert isinstance(response, HTTPResponse), "respond() without a response makes a new one"
+        self._response = response
+
+    async def send(self, data: bytes) -> None:
+        assert self._response is not None, "send before begin"
+        await self._response.send(data)
+
+    async def end(self) -> None:
+        if self._response is not None:
+            await self._response.eof()  # type: ignore[no-untyped-call]
+
+
+@dataclass
+class _Talk:
+    """What is at hand while one request is being answered.
+
+    body: as it came.    choice: what the policy said of the last look at the fleet, of nodes to begin with; heirs: of
+    those that may go on, once something has begun.
+    """
+
+    ask: Ask
+    body: bytes
+    choice: Choice
+    exchange: Exchange
+    client: _Client
+    record: Record
+    heirs: Choice | None = None
+
+
+class Conversations:
+    """Carries requests from the door to the log. `dice`: 64 random bits each time."""
+
+    def __init__(
+        self,
+        settings: Settings,
+        *,
+        door: Door,
+        view: View,
+        relay: Relay,
+        request_log: RequestLog,
+        metrics: Metrics,
+        clock: Callable[[], float],
+        wall: Callable[[], float],
+        dice: Callable[[], int],
+    ) -> None:
+        self._settings = settings
+        self._door, self._view, self._relay = door, view, relay
+        self._log, self._metrics = request_log, metrics
+        self._clock, self._wall, self._dice = clock, wall, dice
+
+    async def handle(self, request: Request, kinds: frozenset[str]) -> HTTPResponse | None:
+        """Answer one request; None when the answer was streamed. Raises ApiError before the first byte."""
+        record = Record(request_id(request), request.path, self._clock())
+        client = _Client(request)
+        try:
+            with self._door.inside():
+                return await self._answer(request, kinds, client, record)
+        except BaseException as error:
+            record.ended(*self._ended_by(error, client))
+            raise
+        finally:
+            self._write(record)
+
+    def _ended_by(self, error: BaseException, client: _Client) -> tuple[int, str]:
+        """The one place that says how a request ended that was not answered to its end -> (status, end).
+
+        A connection that is gone shows itself in many ways, according to where the handler was just then.
+        """
+        if isinstance(error, ApiError):
+            return error.status, error.code or "refused"
+        status = 200 if client.begun else CLIENT_LEFT
+        if self._door.closed:
+            return status, "cut_by_shutdown"
+        return (status, "client_left") if isinstance(error, asyncio.CancelledError) else (500, "failed")
+
+    async def _answer(
+        self, request: Request, kinds: frozenset[str], client: _Client, record: Record
+    ) -> HTTPResponse | None:
+        key = self._door.who(request)
+        record.key = key.name
+        body = _object(request.body)
+        fleet = self._view.fleet
+        asked = _model(body, fleet, key)
+        record.model = asked[:_LONGEST_NAME]
+        record.stream = body.get("stream") is True
+        ask = Ask(asked, kinds, Prompt(body), record.id, self._dice(), key)
+        choice = self._choose(ask)
+        record.route = choice.why
+        if choice.model is not None:
+            require_model(key, asked, fleet.resolve(asked) or fleet.meant(asked))
+            record.model = choice.model
+        if not choice.ranked:
+            raise policy.refusal(fleet, ask, choice, visible(fleet, key))
+        self._metrics.routed.labels(choice.policy, choice.reason).inc()
+
+        exchange = Exchange(
+            request_id=record.id,
+            path=request.path,
+            body=request.body,
+            headers=request.headers,
+            stream=record.stream,
+            fixed=self._fixed(),
+            deadline=record.arrived + self._settings.request_timeout_s,
+            sent=record.arrived,
+        )
+        talk = _Talk(ask, request.body, choice, exchange, client, record)
+        try:
+            verdict = await self._carry_out(talk)
+        finally:
+            record.usage, record.first_content = exchange.usage, exchange.first_content
+        request.ctx.spent = verdict.spent
+        return await self._conclude(verdict, talk)
+
+    def _fixed(self) -> Fixed:
+        """What would otherwise differ between the nodes that one answer may come from."""
+        id = f"{self._dice():016x}{self._dice() & 0xFFFFFFFF:08x}"
+        return Fixed(id, int(self._wall()), self._dice() % (2**32 - 1))
+
+    def _choose(self, ask: Ask) -> Choice:
+        return policy.choose(self._view.fleet, ask, self._clock(), self._settings.stale_after_s)
+
+    def _look(self, talk: _Talk) -> Look:
+        """The nodes of the last choice, and those that may go on with what has begun."""
+        fleet, origin = self._view.fleet, talk.exchange.origin
+        able: tuple[Seat, ...] = ()
+        if talk.exchange.committed.size and origin:
+            talk.heirs = self._choose(replace(talk.ask, model=origin.model, begun=True))
+            able = heirs(fleet, talk.heirs.ranked, origin)
+        return Look(self._clock(), seats(fleet, talk.choice.ranked), able)
+
+    async def _carry_out(self, talk: _Talk) -> Verdict:
+        """Take the steps of the plan, until it knows what to answer."""
+        look = self._look(talk)
+        steps = plan.attempts(
+            look, tries=self._settings.tries, deadline=talk.exchange.deadline, dice=lambda: self._dice() / 2**64
+        )
+        step = next(steps)
+        while True:
+            outcome = None
+            if isinstance(step, Try):
+                outcome = await self._try(step, talk)
+            else:
+                await self._wait(step.seconds, talk)
+            if outcome is None or outcome.kind is not Kind.ANSWERED:
+                talk.choice = self._choose(talk.ask)
+                look = self._look(talk)
+            try:
+                step = steps.send(Seen(look, outcome, talk.exchange.got()))
+            except StopIteration as stop:
+                verdict: Verdict = stop.value
+                return verdict
+
+    async def _wait(self, seconds: float, talk: _Talk) -> None:
+        exchange, client = talk.exchange, talk.client
+        await asyncio.sleep(seconds)
+        now = self._clock()
+        if exchange.stream and now - exchange.sent >= KEEPALIVE_S:
+            exchange.sent = now
+            if not client.begun:
+                await client.begin(200, _EVENT_STREAM)
+            await client.send(sse.KEEPALIVE)
+
+    async def _try(self, step: Try, talk: _Talk) -> Outcome:
+        exchange, record = talk.exchange, talk.record
+        record.node = step.node
+        if not step.resume:
+            talk.client.node = step.node
+            record.model = talk.choice.model
+        outcome = await self._attempt(step, talk)
+        record.attempt(step.node, outcome, resume=step.resume, ids=exchange.committed.size)
+        self._metrics.attempts.labels(step.node, outcome.kind.value).inc()
+        if step.resume:
+            self._metrics.resumes.labels(record.model, outcome.kind.value).inc()
+        return outcome
+
+    async def _attempt(self, step: Try, talk: _Talk) -> Outcome:
+        name, exchange = step.node, talk.exchange
+        node = self._view.fleet.nodes.get(name)
+        if node is None:
+            return Outcome(Kind.UNREACHABLE, detail="it is no longer listed")
+        now = self._clock()
+        if not node.admits(now):
+            return Outcome(Kind.UNREACHABLE, detail="it was ejected, or another request is trying it")
+        sent = self._sent(step, talk, now)
+        talk.record.predicted = sent.cached if sent else None
+        self._view.apply(Dispatched(name, now, sent))
+        turn = self._view.fleet.turns
+        attempt = self._resume(node, talk) if step.resume else self._begin(node, talk)
+        known, computed = exchange.committed.size if step.resume else 0, True
+        try:
+            outcome = await self._in_time(attempt, exchange.deadline)
+            computed = outcome.kind is Kind.ANSWERED or exchange.committed.size > known
+        finally:
+            cached = exchange.usage.cached_tokens if exchange.usage else None
+            self._view.apply(Finished(name, sent, cached, computed))
+        self._view.apply(evidence.attempted(name, turn, outcome, self._clock()))
+        return outcome
+
+    def _begin(self, node: Node, talk: _Talk) -> Coroutine[Any, Any, Outcome]:
+        choice, exchange = talk.choice, talk.exchange
+        exchange.body = talk.body if choice.name == talk.ask.model else bodies.renamed(talk.body, choice.name)
+        exchange.origin = Origin.of(node, choice.name)
+        return self._relay.begin(node.url, exchange, talk.client)
+
+    def _resume(self, node: Node, talk: _Talk) -> Coroutine[Any, Any, Outcome]:
+        return self._relay.resume(node.url, talk.exchange, talk.client)
+
+    def _sent(self, step: Try, talk: _Talk, now: float) -> Sent | None:
+        choice = talk.heirs if step.resume and talk.heirs else talk.choice
+        to = next((candidate for candidate in choice.ranked if candidate.name == step.node), None)
+        return choice.sent(to, talk.record.id, now) if to else None
+
+    async def _in_time(self, attempt: Coroutine[Any, Any, Outcome], deadline: float) -> Outcome:
+        """Make the attempt, cut at the deadline. Not `asyncio.wait_for`: before Python 3.12 that lets a cancellation
+        pass unheard which comes together with the result, and then nobody would notice that the client has left."""
+        task = asyncio.ensure_future(attempt)
+        late = False
+        try:
+            await asyncio.wait({task}, timeout=deadline - self._clock())
+            late = not task.done()
+        finally:
+            if not task.done():
+                task.cancel()
+                await asyncio.wait({task})
+        if late and task.cancelled():
+            limit = self._settings.request_timeout_s
+            return Outcome(Kind.LATE, detail=f"the answer was not complete within {limit:g} s")
+        return task.result()
+
+    async def _conclude(self, verdict: Verdict, talk: _Talk) -> HTTPResponse | None:
+        """Say the end: as a status while that is possible, else as the stream's last event, without [DONE]."""
+        exchange, client, record = talk.exchange, talk.client, talk.record
+        for pause in exchange.pauses:
+            self._metrics.pause.labels(record.model).observe(pause)
+        if verdict.lost:
+            self._metrics.lost.labels(record.model, verdict.lost.value).inc()
+        if not client.begun:
+            if verdict.error:
+                raise verdict.error
+            assert exchange.kept is not None, "an answer is either streamed or kept"
+            record.ended(exchange.kept.status, "refused" if verdict.hand_on else "done")
+            return self._handed_on(exchange.kept, client.node, spent=verdict.spent)
+        if verdict.error:
+            record.ended(200, verdict.error.code or "failed")
+            await client.send(sse.event(verdict.error.body()))
+        elif verdict.hand_on:
+            record.ended(200, "stream_broken" if verdict.lost else "refused")
+            assert exchange.kept is not None, "what is handed on was kept"
+            await client.send(b"data: " + exchange.kept.body + b"\n\n")
+        else:
+            record.ended(200, "done")
+        await client.end()
+        return None
+
+    def _handed_on(self, kept: Whole, node: str, *, spent: bool) -> HTTPResponse:
+        headers = kept.headers | {names.NODE: node} | ({names.SHOULD_RETRY: "false"} if spent else {})
+        return HTTPResponse(kept.body, kept.status, headers, headers.pop("content-type", None))
+
+    def _write(self, record: Record) -> None:
+        now = self._clock()
+        self._log.write(record.line(now, self._wall()))
+        model = record.model if record.model and self._view.fleet.resolve(record.model) else UNKNOWN
+        self._metrics.requests.labels(model, str(record.status)).inc()
+        self._metrics.duration.labels(model).observe(now - record.arrived)
+        if record.first_content is not None:
+            self._metrics.first_token.labels(model).observe(record.first_content - record.arrived)
+        if record.usage:
+            for kind in ("prompt_tokens", "cached_tokens", "completion_tokens"):
+                self._metrics.tokens.labels(model, kind.removesuffix("_tokens")).inc(getattr(record.usage, kind))
+            self._metrics.predicted.labels(model).inc(record.predicted or 0)
+
+
+def visible(fleet: Fleet, key: Key) -> list[str]:
+    """The models of the fleet that the key may use, by id."""
+    models = (m for node in fleet.nodes.values() for m in (node.report.models if node.report else ()))
+    return sorted({m.id for m in models if key.may_use(m.id, *m.aliases)})
+
+
+def _object(body: bytes) -> dict[str, Any]:
+    try:
+        decoded = json.loads(body)
+    except (ValueError, RecursionError) as error:
+        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
+        raise InvalidRequest(f"the request body is not valid JSON: {what}", code="invalid_json") from error
+    if not isinstance(decoded, dict):
+        raise InvalidRequest("the request body must be a JSON object", code="invalid_json")
+    return decoded
+
+
+def _model(body: Mapping[str, Any], fleet: Fleet, key: Key) -> str:
+    """The model asked for; the only one there is when none is named."""
+    asked = body.get("model")
+    if asked is None:
+        choices = visible(fleet, key)
+        if len(choices) == 1:
+            return choices[0]
+        if not choices and fleet.silent():
+            raise Overloaded("no node has reported its models yet", retry_after=policy.NO_NODE_RETRY_S)
+        have = ", ".join(choices) or "none"
+        raise InvalidRequest(f"model is missing; models served here: {have}", param="model", code="missing_field")
+    if not isinstance(asked, str) or not asked:
+        raise InvalidRequest(f"model must be a string, got {type(asked).__name__}", param="model")
+    return asked
