@@ -23,6 +23,7 @@ class Door:
     """Lets requests in. `active` counts those inside.
 
     draining: set once; no more come in.   closed: set once; those still inside are being cut.
+    leaving: set once; other workers take what is new, and each connection is closed with its next answer.
     """
 
     def __init__(self, keyring: Callable[[], Keyring], *, require_keys: bool) -> None:
@@ -30,6 +31,7 @@ class Door:
         self._require_keys = require_keys
         self.draining = False
         self.closed = False
+        self.leaving = False
         self.active = 0
         self._empty = asyncio.Event()
         self._empty.set()
