@@ -331,6 +331,44 @@ def httpx_refused(port: int) -> bool:
     return False
 
 
+def test_a_reload_goes_to_the_release_that_is_installed_by_then_and_a_killed_worker_does_not(
+    gate: GateUnderTest, node: MockNode
+) -> None:
+    gate.list_nodes(node)
+    for name in ("1", "2"):
+        script = gate.folder / "releases" / name / "bin" / "llmgate"
+        script.parent.mkdir(parents=True)
+        script.write_text(f"#!{sys.executable}\nfrom llmgate.cli import main\nraise SystemExit(main())\n")
+        script.chmod(0o755)
+    current = gate.folder / "current"
+    current.symlink_to("releases/1")
+    port = free_port()
+    arguments = ["serve", "--port", str(port), "--nodes-file", str(gate.nodes_file), "--state-dir", str(gate.state)]
+    command = [str(current / "bin" / "llmgate")]
+    env = {"PYTHONPATH": str(Path(__file__).resolve().parents[2])}
+    gate.program = Program("llmgate", [*arguments, *FAST], port, gate.folder / "log", env, command)
+
+    def released() -> tuple[int, str]:
+        pid = health(gate)["pid"]
+        return pid, re.findall(r"releases/(\d)/bin/llmgate", Path(f"/proc/{pid}/cmdline").read_text())[0]
+
+    try:
+        gate.program.ready()
+        first, release = released()
+        assert release == "1"
+        current.unlink()
+        current.symlink_to("releases/2")
+        os.kill(first, signal.SIGKILL)
+        second, release = released()
+        assert second != first
+        assert release == "1", "all workers of a generation are the same"
+        gate.program.signal(signal.SIGHUP)
+        wait_for(lambda: health(gate)["generation"] == 2, "the new generation")
+        assert released()[1] == "2"
+    finally:
+        gate.program.stop()
+
+
 PASS_SOCKET = """
 import os, sys
 os.dup2(int(sys.argv[1]), 3)
