@@ -1,23 +1,30 @@
-"""The composition root of the gate: settings -> ledger, fleet, relay, prober -> blueprints -> a listening server.
+"""The composition root of a worker: settings -> ledger, fleet, relay, prober -> blueprints -> a listening server.
 
-The only place that wires things together, and the one owner of the process's life:
+The only place that wires things together, and the one owner of the worker's life, which the supervisor directs:
 
-    listen -> READY=1 -> serve ... SIGTERM -> /ready 503 and no new work -> running requests end or drain_seconds pass
-           -> stop listening -> exit 0.  A second SIGTERM (or Ctrl-C) does not wait.  SIGHUP reads the nodes file again.
+    accept -> "ready" -> serve ... "close": /ready 503 and no new work    -> running requests end or drain_seconds pass
+                             or   "leave": no more connections; those that       -> "hurry" does not wait -> exit 0
+                                  are there get their answers, and are closed
+                                  with the next one
+
+A worker leaves on its own when its supervisor has died, on SIGTERM, and when a part of it has failed.
 """
 
 from __future__ import annotations
 
 import asyncio
-import errno
 import logging
 import random
+import shutil
 import signal
 import socket
 import time
+from collections.abc import Coroutine
+from pathlib import Path
 from typing import Any
 
-from sanic import Sanic
+from sanic import HTTPResponse, Request, Sanic
+from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
 from llmgate.api import admin, errors, openai, probes
@@ -26,13 +33,15 @@ from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
 from llmgate.core.health import Rules
+from llmgate.figures import Figures
 from llmgate.ledger import Contents, Ledger, RequestLog, StoreError
+from llmgate.line import Line, News, Order, Post
+from llmgate.listener import BACKLOG
 from llmgate.listing import Listing
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
 from llmgate.settings import Settings, is_loopback, read_nodes, state_dir
-from llmnode.service.notify import Notifier
 from llmnode.service.settings import Loaded, SettingError
 
 log = logging.getLogger("llmgate")
@@ -41,47 +50,25 @@ _HOUSEKEEPING_S = 0.5
 """How often leases are looked over, the database asked for changes and the nodes file for a new one."""
 _FIRST_ROUND_S = 1.0
 _FLUSH_S = 5.0
-_BACKLOG = 1024
-
-
-class PortInUse(Exception):
-    """Something else listens there; the message names the address."""
-
-
-def listen(settings: Settings) -> socket.socket:
-    """Bind the listening socket. Raises PortInUse, or SettingError for an address that is not this host's."""
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
-        )[0]
-        sock = socket.socket(family, kind, protocol)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.bind(address)
-        sock.listen(_BACKLOG)
-        sock.setblocking(False)
-    except OSError as error:
-        where = f"{settings.host}:{settings.port}"
-        if error.errno == errno.EADDRINUSE:
-            raise PortInUse(f"cannot listen on {where}: the port is in use") from error
-        raise SettingError(f"cannot listen on {where}: {error.strerror}") from error
-    return sock
+_HEARTBEAT_S = 1.0
+_LOOK_S = 0.05
 
 
 class Gate:
     """One running gate. `serve` returns when it has drained."""
 
-    def __init__(self, loaded: Loaded[Settings], token: str, listing: Listing, notifier: Notifier) -> None:
+    def __init__(self, loaded: Loaded[Settings], token: str, listing: Listing, post: Post, line: Line) -> None:
         self._settings = settings = loaded.values
         self._config = loaded.digest
-        self._notifier = notifier
+        self._post, self._line = post, line
         self._clock, self._wall = time.monotonic, time.time
-        self._stop, self._hurry, self._reload = asyncio.Event(), asyncio.Event(), asyncio.Event()
-        self._status = ""
+        self._stop, self._hurry, self._look = asyncio.Event(), asyncio.Event(), asyncio.Event()
+        self._leaving = False
         self._failure: BaseException | None = None
 
         self._view = View(Fleet(rules=Rules.of(settings)), self._node_moved)
         self._view.apply(Listed(listing.addresses, listing.routes))
-        self._ledger = Ledger(state_dir(settings), self._take_contents)
+        self._ledger = Ledger(state_dir(settings), self._take_contents, lambda: line.say(News.CHANGED))
         self._door = Door(lambda: self._ledger.keyring, require_keys=settings.require_keys)
         self._relay = Relay(
             token,
@@ -95,35 +82,32 @@ class Gate:
             self._view.apply,
             self._relay.fetch,
             self._clock,
+            random.random,
             interval_s=settings.poll_interval_s,
             stale_after_s=settings.stale_after_s,
         )
-        self._metrics = Metrics(lambda: self._view.fleet, self._clock, settings.stale_after_s)
+        self._figures = Figures(Path(post.folder))
+        self._metrics = Metrics(lambda: self._view.fleet, self._clock, settings.stale_after_s, self._figures)
         self._request_log = RequestLog(settings.request_log)
 
     async def serve(self, sock: socket.socket) -> None:
-        """Serve on a listening socket until a signal says stop. Raises StoreError before the first request."""
+        """Serve on a listening socket until told to end. Raises StoreError before the first request."""
         loop = asyncio.get_running_loop()
+        loop.add_reader(self._line.fileno(), self._hear)
+        loop.add_signal_handler(signal.SIGTERM, self._leave)
         await self._ledger.open()
         chores: list[asyncio.Task[None]] = []
         try:
             self._prober.follow()
             await self._prober.first_round(_FIRST_ROUND_S)
-            server = await self._listen(sock)
-            for number in (signal.SIGTERM, signal.SIGINT):
-                loop.add_signal_handler(number, self._on_stop_signal)
-            loop.add_signal_handler(signal.SIGHUP, self._reload.set)
-            chores = [asyncio.create_task(self._housekeeping()), asyncio.create_task(self._watchdog())]
+            chores = [asyncio.create_task(self._housekeeping()), asyncio.create_task(self._heartbeat())]
             for chore in chores:
                 chore.add_done_callback(self._chore_ended)
-            log.info("listening on http://%s:%d, %s", self._settings.host, sock.getsockname()[1], self._summary())
-            if not len(self._ledger.keyring) and self._settings.require_keys:
-                log.warning("there is no API key yet, so every request is refused: llmgate keys create NAME")
-            if not self._settings.require_keys and not is_loopback(self._settings.host):
-                log.warning("keys are not required and others can reach %s: anybody may ask", self._settings.host)
-            self._notifier.ready(self._summary())
-            await self._stop.wait()
-            await self._drain(server)
+            if not self._stop.is_set():
+                server = await self._listen(sock)
+                self._announce(sock)
+                await self._stop.wait()
+                await self._end(server)
             if self._failure:
                 raise self._failure
         finally:
@@ -134,12 +118,26 @@ class Gate:
             await self._relay.close()
             await self._ledger.close()
             self._request_log.close()
+            if self._line.ended:
+                # The supervisor cleans up, but it was killed.
+                shutil.rmtree(self._post.folder, ignore_errors=True)
+
+    def _announce(self, sock: socket.socket) -> None:
+        host = self._settings.host
+        log.info("listening on http://%s:%d, %s", host, sock.getsockname()[1], self._summary())
+        if self._post.place == 0:
+            if not len(self._ledger.keyring) and self._settings.require_keys:
+                log.warning("there is no API key yet, so every request is refused: llmgate keys create NAME")
+            if not self._settings.require_keys and not is_loopback(host):
+                log.warning("keys are not required and others can reach %s: anybody may ask", host)
+        self._say_alive()
+        self._line.say(News.READY)
 
     async def _listen(self, sock: socket.socket) -> AsyncioServer:
         app = self._compose()
         # Routes are finished by startup(), so no connection is taken before it.
         server = await app.create_server(
-            sock=sock, access_log=False, backlog=_BACKLOG, asyncio_server_kwargs={"start_serving": False}
+            sock=sock, access_log=False, backlog=BACKLOG, asyncio_server_kwargs={"start_serving": False}
         )
         assert server is not None
         await server.startup()  # type: ignore[no-untyped-call]
@@ -161,6 +159,7 @@ class Gate:
             }
         )
         errors.install(app, settings.body_limit_bytes)
+        app.register_middleware(self._part, "response")
         conversations = Conversations(
             settings,
             door=self._door,
@@ -176,7 +175,13 @@ class Gate:
         app.blueprint(openai.blueprint(conversations, door=self._door, view=self._view, started=wall()))
         app.blueprint(
             admin.blueprint(
-                door=self._door, view=self._view, ledger=self._ledger, clock=clock, wall=wall, stale_after_s=stale
+                door=self._door,
+                view=self._view,
+                ledger=self._ledger,
+                in_flight=self._metrics.in_flight,
+                clock=clock,
+                wall=wall,
+                stale_after_s=stale,
             )
         )
         app.blueprint(
@@ -187,21 +192,47 @@ class Gate:
                 clock=clock,
                 stale_after_s=stale,
                 config=self._config,
+                post=self._post,
             )
         )
         return app
 
-    def _on_stop_signal(self) -> None:
-        if self._stop.is_set():
-            self._hurry.set()
-        self._stop.set()
+    async def _part(self, request: Request, _answer: BaseHTTPResponse) -> HTTPResponse | None:
+        """The client's next request is for a worker that stays."""
+        if self._door.leaving:
+            request.stream.keep_alive = False  # type: ignore[union-attr]
+        return None
+
+    def _hear(self) -> None:
+        """Do what the supervisor says."""
+        for order, _ in self._line.heard():
+            if order is Order.REFRESH:
+                self._look.set()
+            elif order is Order.LEAVE:
+                self._leaving = True
+                self._stop.set()
+            elif order is Order.CLOSE:
+                self._stop.set()
+            elif order is Order.HURRY:
+                self._hurry.set()
+        if self._line.ended and not self._stop.is_set():
+            asyncio.get_running_loop().remove_reader(self._line.fileno())
+            log.error("the supervisor has died; leaving")
+            self._leave()
+
+    def _leave(self) -> None:
+        """End without having been told to; the supervisor starts another in this place."""
+        if not self._stop.is_set():
+            self._line.say(News.LEAVING)
+            self._leaving = True
+            self._stop.set()
 
     def _chore_ended(self, chore: asyncio.Task[None]) -> None:
-        """A gate that can no longer look after itself drains and ends; the service manager starts a fresh one."""
+        """A worker that can no longer look after itself leaves."""
         if not chore.cancelled() and chore.exception():
             self._failure = chore.exception()
-            log.critical("a part of the gate has failed, draining: %r", self._failure)
-            self._stop.set()
+            log.critical("a part of the gate has failed, leaving: %r", self._failure)
+            self._leave()
 
     def _take_contents(self, contents: Contents) -> None:
         self._view.apply(Leased(leases.live(contents.leases, self._wall())))
@@ -215,22 +246,20 @@ class Gate:
         seen = self._nodes_stamp()
         while True:
             try:
-                await asyncio.wait_for(self._reload.wait(), _HOUSEKEEPING_S)
+                await asyncio.wait_for(self._look.wait(), _HOUSEKEEPING_S)
             except asyncio.TimeoutError:
                 pass
+            self._look.clear()
             stamp = self._nodes_stamp()
-            if self._reload.is_set() or stamp != seen:
+            if stamp != seen:
                 seen = stamp
-                self._reload.clear()
                 self._read_nodes_again()
             try:
                 await self._ledger.refresh()
                 await self._end_leases()
             except StoreError as error:
                 log.error("%s; going on with what was read before", error)
-            if self._summary() != self._status:
-                self._status = self._summary()
-                self._notifier.status(self._status)
+            self._metrics.publish()
 
     async def _end_leases(self) -> None:
         held = tuple(node.lease for node in self._view.fleet.nodes.values() if node.lease)
@@ -262,23 +291,28 @@ class Gate:
         gone, new = ", ".join(sorted(before - after)) or "none", ", ".join(sorted(after - before)) or "none"
         log.info("nodes file read: %d nodes; new: %s; gone: %s", len(after), new, gone)
 
-    async def _watchdog(self) -> None:
-        """Ping systemd from the event loop: a loop that is stuck stops pinging."""
-        interval = self._notifier.watchdog_interval_s
-        while interval:
-            self._notifier.watchdog()
-            await asyncio.sleep(interval)
+    async def _heartbeat(self) -> None:
+        """Tell the supervisor that the event loop turns: one that is stuck says nothing, and is killed."""
+        while True:
+            self._say_alive()
+            await asyncio.sleep(_HEARTBEAT_S)
 
-    async def _drain(self, server: AsyncioServer) -> None:
-        door = self._door
+    def _say_alive(self) -> None:
+        self._line.say(News.ALIVE, status=self._summary(), active=self._door.active)
+
+    async def _end(self, server: AsyncioServer) -> None:
+        door, patience_s = self._door, self._settings.drain_seconds
+        if self._leaving:
+            door.leaving = True
+            server.close()  # type: ignore[no-untyped-call]
+            log.info("leaving: %d requests running, at most %g s", door.active, patience_s)
+            await self._unless_hurried(self._vacated(server), patience_s)
+        else:
+            door.draining = True
+            log.info("draining: %d requests running, at most %g s", door.active, patience_s)
+            await self._unless_hurried(door.empty(), patience_s)
+            server.close()  # type: ignore[no-untyped-call]
         door.draining = True
-        self._notifier.stopping(f"draining, {door.active} requests running")
-        log.info("draining: %d requests running, at most %g s", door.active, self._settings.drain_seconds)
-        waiting = [asyncio.create_task(door.empty()), asyncio.create_task(self._hurry.wait())]
-        await asyncio.wait(waiting, timeout=self._settings.drain_seconds, return_when=asyncio.FIRST_COMPLETED)
-        for task in waiting:
-            task.cancel()
-        server.close()  # type: ignore[no-untyped-call]
         if door.active:
             log.warning("cutting %d requests that are still running", door.active)
         else:
@@ -288,7 +322,20 @@ class Gate:
             if connection.transport:
                 connection.transport.abort()
         await door.close()
-        log.info("stopped")
+        log.info("ended")
+
+    async def _unless_hurried(self, work: Coroutine[Any, Any, None], patience_s: float) -> None:
+        """Wait for it, but no longer than that, nor after a "hurry"."""
+        waiting = [asyncio.create_task(work), asyncio.create_task(self._hurry.wait())]
+        await asyncio.wait(waiting, timeout=patience_s, return_when=asyncio.FIRST_COMPLETED)
+        for task in waiting:
+            task.cancel()
+
+    async def _vacated(self, server: AsyncioServer) -> None:
+        """Wait until every connection has gone. One that a client keeps open is closed with its next answer: closing
+        it before would cut off a request that is on its way."""
+        while server.connections:  # noqa: ASYNC110  (Sanic gives a set to look at)
+            await asyncio.sleep(_LOOK_S)
 
     async def _flush(self, server: AsyncioServer) -> None:
         """Let the last bytes of finished answers reach slow clients, for a short while."""

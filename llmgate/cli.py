@@ -6,6 +6,9 @@ Exit codes: 0 done; 1 the answer is no (`nodes`: one is not ready; `explain`: no
 key, or the name is taken); 2 bad configuration or arguments; 4 the port is in use; 5 the database cannot be used, and
 trying again may help (a full disk, a lock held too long). Messages go to standard error, one line, without a traceback;
 results to standard output.
+
+What the HTTP server and client are needed for is imported where it is: `llmgate serve` is a small process that starts
+others, and they would triple its memory.
 """
 
 from __future__ import annotations
@@ -13,9 +16,11 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
+import logging
 import os
 import random
 import secrets
+import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -23,22 +28,19 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
-from sanic.server.loop import try_use_uvloop
-
-from llmgate import demo
 from llmgate import settings as configuration
-from llmgate.app import Gate, PortInUse, listen
+from llmgate import supervisor
 from llmgate.core import keys
 from llmgate.core.explanation import columns, explain
 from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
 from llmgate.core.policy import USES, Ask
 from llmgate.core.prompt import Prompt
 from llmgate.ledger import KeyTaken, Store, StoreError
+from llmgate.line import Line, News, Post
+from llmgate.listener import PortInUse, adopted
 from llmgate.listing import Address, Listing
-from llmgate.relay import Relay
 from llmgate.settings import PREFIX, Settings
 from llmnode.service import logs
-from llmnode.service.notify import Notifier
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown, printed
 from llmnode.wire.node import Report
@@ -73,6 +75,10 @@ def _parser() -> argparse.ArgumentParser:
         return sub
 
     add_flags(add("serve", _serve, "Serve until SIGTERM or Ctrl-C."), Settings)
+    worker = commands.add_parser("worker")  # without a help text, so that it is not listed: it is the supervisor's
+    worker.add_argument("post", help="what the supervisor has for it, as JSON")
+    add_flags(worker, Settings)
+    worker.set_defaults(command=_worker)
     add_flags(
         add("check", _check, "Say whether the settings, the nodes file and the fleet token can be used."), Settings
     )
@@ -154,20 +160,41 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
-    loaded = _load(options)
+    return supervisor.serve(supervisor.Invocation.of(sys.argv, sys.executable, vars(options)))
+
+
+def _worker(options: argparse.Namespace) -> int:
+    # A terminal sends these to all processes; the supervisor says what is to be done about them.
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
+    post = Post.parse(options.post)
+    line = Line(adopted(post.line_fd))
+    try:
+        _work(_load(options), post, line)
+    except (SettingError, StoreError) as error:
+        line.say(News.FAILED, why=str(error))
+        raise
+    return OK
+
+
+def _work(loaded: Loaded[Settings], post: Post, line: Line) -> None:
+    from sanic.server.loop import try_use_uvloop
+
+    from llmgate.app import Gate
+
     settings = loaded.values
     logs.setup(settings.log_level, settings.log_format)
+    if post.place:
+        # All workers see the same nodes; one tells.
+        logging.getLogger("llmgate.prober").setLevel(logging.ERROR)
     token = configuration.read_fleet_token(settings)
     nodes = configuration.read_nodes(settings)
-    configuration.state_dir(settings)
-    sock = listen(settings)
     try_use_uvloop()
 
     async def run() -> None:
-        await Gate(loaded, token, nodes, Notifier()).serve(sock)
+        await Gate(loaded, token, nodes, post, line).serve(adopted(post.listen_fd))
 
     asyncio.run(run())
-    return OK
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -232,6 +259,8 @@ def _asked(body: dict[str, Any], fleet: Fleet) -> str:
 
 async def _ask_all(settings: Settings, token: str, nodes: Listing) -> Fleet:
     """One poll of every node at once, as the fleet it shows; time stands still at 0."""
+    from llmgate.relay import Relay
+
     relay = Relay(
         token,
         time.monotonic,
@@ -273,6 +302,8 @@ def _demo(options: argparse.Namespace) -> int:
         return _say(BAD, f"--nodes must be at least 1, got {options.nodes}")
     if options.model and not options.model.is_file():
         return _say(BAD, f"there is no model at {options.model}")
+    from llmgate import demo
+
     return demo.run(options.model, nodes=options.nodes, once=options.once, question=options.question)
 
 

@@ -4,8 +4,8 @@
 needs of it and runs the store on a thread of its own, so that the event loop never waits for a disk. `RequestLog`
 writes lines the same way. Prompts, answers and secrets are never written; a key is kept as its digest.
 
-Another process (`llmgate keys`, a second gate) may change the database at any time: `PRAGMA data_version` says so in
-microseconds, and is asked about once a second.
+Another process (another worker, `llmgate keys`) may change the database at any time: `PRAGMA data_version` says so in
+microseconds, and is asked about twice a second.
 """
 
 from __future__ import annotations
@@ -18,8 +18,9 @@ import queue
 import sqlite3
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -31,6 +32,8 @@ T = TypeVar("T")
 log = logging.getLogger("llmgate.ledger")
 
 FILE = "llmgate.db"
+_PIECE = 4096
+"""Bytes that reach a pipe in one piece (PIPE_BUF of pipe(7)). A file takes any one write as a whole."""
 _SCHEMA_VERSION = 1
 _BUSY_MS = 5000
 _SCHEMA = """
@@ -99,8 +102,7 @@ class Store:
         return int(row[0])
 
     def contents(self) -> Contents:
-        leases = self._db.execute("SELECT node, owner, reason, taken, expires FROM leases ORDER BY node").fetchall()
-        return Contents(tuple(self.all_keys()), tuple(Lease(*row) for row in leases))
+        return Contents(tuple(self.all_keys()), self.leases())
 
     def all_keys(self) -> list[Key]:
         """All keys, revoked ones too, oldest first."""
@@ -130,17 +132,39 @@ class Store:
         done = self._db.execute("UPDATE keys SET revoked = ? WHERE name = ? AND revoked IS NULL", (when, name))
         return done.rowcount > 0
 
-    def put_lease(self, lease: Lease) -> None:
-        self._db.execute(
-            "INSERT OR REPLACE INTO leases (node, owner, reason, taken, expires) VALUES (?, ?, ?, ?, ?)",
-            (lease.node, lease.owner, lease.reason, lease.taken, lease.expires),
-        )
+    def leases(self) -> tuple[Lease, ...]:
+        rows = self._db.execute("SELECT node, owner, reason, taken, expires FROM leases ORDER BY node").fetchall()
+        return tuple(Lease(*row) for row in rows)
 
-    def drop_lease(self, node: str) -> None:
-        self._db.execute("DELETE FROM leases WHERE node = ?", (node,))
+    def take_lease(self, decide: Callable[[tuple[Lease, ...]], Lease]) -> Lease:
+        """Store what `decide` makes of the leases there are. Nobody changes them meanwhile. Raises what it does."""
+        with self._alone():
+            lease = decide(self.leases())
+            self._db.execute(
+                "INSERT OR REPLACE INTO leases (node, owner, reason, taken, expires) VALUES (?, ?, ?, ?, ?)",
+                (lease.node, lease.owner, lease.reason, lease.taken, lease.expires),
+            )
+        return lease
+
+    def release_lease(self, node: str, check: Callable[[tuple[Lease, ...]], None]) -> bool:
+        """Remove a node's lease if `check` does not raise; whether there was one."""
+        with self._alone():
+            check(self.leases())
+            return self._db.execute("DELETE FROM leases WHERE node = ?", (node,)).rowcount > 0
 
     def drop_expired(self, wall: float) -> None:
         self._db.execute("DELETE FROM leases WHERE expires <= ?", (wall,))
+
+    @contextmanager
+    def _alone(self) -> Iterator[None]:
+        """A transaction that other processes' writes wait for."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            yield
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
     def _migrate(self, path: Path) -> None:
         found = self._db.execute("PRAGMA user_version").fetchone()[0]
@@ -153,13 +177,13 @@ class Ledger:
     """The store on its own thread, and its contents in memory.
 
     `keyring` is what the hot path reads; `on_change` is called on the event loop with the contents after each change,
-    whoever made it.
+    whoever made it. `on_write` is called there after each change that was made through this object.
     """
 
-    def __init__(self, folder: Path, on_change: Callable[[Contents], None]) -> None:
+    def __init__(self, folder: Path, on_change: Callable[[Contents], None], on_write: Callable[[], None]) -> None:
         self.keyring = Keyring()
         self._folder = folder
-        self._on_change = on_change
+        self._on_change, self._on_write = on_change, on_write
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="ledger")
         self._store: Store | None = None
         self._version = -1
@@ -180,22 +204,27 @@ class Ledger:
         if contents:
             self._take(contents)
 
-    async def put_lease(self, lease: Lease) -> None:
-        await self._write(lambda store: store.put_lease(lease))
+    async def take_lease(self, decide: Callable[[tuple[Lease, ...]], Lease]) -> Lease:
+        """`decide` runs on the store's thread, alone with the leases, and may raise."""
+        return await self._write(lambda store: store.take_lease(decide))
 
-    async def drop_lease(self, node: str) -> None:
-        await self._write(lambda store: store.drop_lease(node))
+    async def release_lease(self, node: str, check: Callable[[tuple[Lease, ...]], None]) -> bool:
+        """`check` runs on the store's thread, alone with the leases, and may raise."""
+        return await self._write(lambda store: store.release_lease(node, check))
 
     async def drop_expired(self, wall: float) -> None:
         await self._write(lambda store: store.drop_expired(wall))
 
-    async def _write(self, change: Callable[[Store], None]) -> None:
-        def work() -> Contents:
+    async def _write(self, change: Callable[[Store], T]) -> T:
+        def work() -> tuple[T, Contents]:
             store = self._opened()
-            change(store)
-            return store.contents()
+            done = change(store)
+            return done, store.contents()
 
-        self._take(await self._run(work))
+        done, contents = await self._run(work)
+        self._take(contents)
+        self._on_write()
+        return done
 
     def _changed(self) -> Contents | None:
         store = self._opened()
@@ -224,7 +253,8 @@ class Ledger:
 class RequestLog:
     """Appends one JSON line a request to a file, or to standard output, from a thread of its own.
 
-    The file is opened anew for each batch, so that it may be rotated by renaming it. When it cannot be written, lines
+    The file is opened anew for each batch, so that it may be rotated by renaming it. Several workers write to it: each
+    write is of whole lines and appends, so that no line is torn by another's (_PIECE). When it cannot be written, lines
     are dropped and counted, and the log says so once; requests go on.
     """
 
@@ -256,20 +286,22 @@ class RequestLog:
                 batch.append(self._lines.get())
             lines = [line for line in batch if line is not None]
             if lines:
-                self._append("".join(line + "\n" for line in lines), len(lines))
+                self._append([line.encode() + b"\n" for line in lines])
             if batch[-1] is None:
                 return
 
-    def _append(self, text: str, count: int) -> None:
+    def _append(self, lines: list[bytes]) -> None:
         try:
             if self._target == "-":
-                sys.stdout.write(text)
-                sys.stdout.flush()
+                _write_whole(sys.stdout.fileno(), lines)
             else:
-                with Path(self._target).open("a", encoding="utf-8") as out:
-                    out.write(text)
+                out = os.open(self._target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
+                try:
+                    _write_whole(out, lines)
+                finally:
+                    os.close(out)
         except OSError as error:
-            self.dropped += count
+            self.dropped += len(lines)
             if not self._failing:
                 log.error("cannot write the request log %s: %s; requests go on unlogged", self._target, error.strerror)
             self._failing = True
@@ -277,3 +309,13 @@ class RequestLog:
         if self._failing:
             log.warning("the request log can be written again; %d lines were lost", self.dropped)
         self._failing = False
+
+
+def _write_whole(out: int, lines: list[bytes]) -> None:
+    """Write whole lines at a time, as many as fit into a piece; a longer line goes alone."""
+    piece = b""
+    for line in [*lines, b""]:
+        if piece and (not line or len(piece) + len(line) > _PIECE):
+            while piece:
+                piece = piece[os.write(out, piece) :]
+        piece += line

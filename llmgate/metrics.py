@@ -14,6 +14,7 @@ from prometheus_client.core import GaugeMetricFamily, Metric
 
 from llmgate.core.fleet import Fleet
 from llmgate.core.health import Condition
+from llmgate.figures import Figures
 
 # From a warm prefix on a GPU to a long prompt on a CPU.
 _TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100)
@@ -21,12 +22,25 @@ _TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100)
 _PAUSE_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 250)
 _DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 UNKNOWN = "unknown"
+_IN_FLIGHT = "llmgate_in_flight"
 
 
 class Metrics:
-    """Counters and histograms, fed by the API layer; fleet gauges are read from the snapshot at each scrape."""
+    """Counters and histograms, fed by the API layer; fleet gauges are read from the snapshot at each scrape.
 
-    def __init__(self, fleet: Callable[[], Fleet], clock: Callable[[], float], stale_after_s: float) -> None:
+    Each worker has its own, and all count into files that a scrape adds up (figures.py). A gauge is of the worker that
+    answers, unless it is published: all see the same nodes, but each has requests of its own at them.
+    """
+
+    def __init__(
+        self,
+        fleet: Callable[[], Fleet],
+        clock: Callable[[], float],
+        stale_after_s: float,
+        figures: Figures | None = None,
+    ) -> None:
+        """With `figures`, /metrics shows what all workers have counted together."""
+        self._fleet, self._figures = fleet, figures
         self.registry = CollectorRegistry()
         self.requests = Counter("llmgate_requests", "Requests answered", ["model", "status"], registry=self.registry)
         self.tokens = Counter(
@@ -77,35 +91,55 @@ class Metrics:
             buckets=_DURATION_BUCKETS,
             registry=self.registry,
         )
-        self.registry.register(_FleetGauges(fleet, clock, stale_after_s))
+        self._gauges = _FleetGauges(fleet, self.in_flight, clock, stale_after_s)
 
     def text(self) -> bytes:
         """The scrape, in Prometheus' text format."""
-        return generate_latest(self.registry)
+        shown = CollectorRegistry()
+        shown.register(self._figures or self.registry)
+        shown.register(self._gauges)
+        return generate_latest(shown)
+
+    def in_flight(self) -> dict[str, int]:
+        """Requests at each listed node, of all workers. Those of the others are at most half a second old."""
+        others = self._figures.others(_IN_FLIGHT) if self._figures else {}
+        return {node.name: node.in_flight + int(others.get(node.name, 0)) for node in self._fleet().nodes.values()}
+
+    def publish(self) -> None:
+        """Let the other workers see what only this one knows."""
+        if self._figures:
+            running = {node.name: node.in_flight for node in self._fleet().nodes.values() if node.in_flight}
+            self._figures.publish({_IN_FLIGHT: running})
 
 
 class _FleetGauges:
-    def __init__(self, fleet: Callable[[], Fleet], clock: Callable[[], float], stale_after_s: float) -> None:
-        self._fleet, self._clock, self._stale_after_s = fleet, clock, stale_after_s
+    def __init__(
+        self,
+        fleet: Callable[[], Fleet],
+        in_flight: Callable[[], dict[str, int]],
+        clock: Callable[[], float],
+        stale_after_s: float,
+    ) -> None:
+        self._fleet, self._in_flight, self._clock, self._stale_after_s = fleet, in_flight, clock, stale_after_s
 
     def describe(self) -> list[Metric]:
         """Nothing to check against: the registry would otherwise collect once to find out."""
         return []
 
     def collect(self) -> Iterator[Metric]:
-        fleet, now = self._fleet(), self._clock()
+        fleet, now, running = self._fleet(), self._clock(), self._in_flight()
         states = Tally(node.standing(now, self._stale_after_s).state for node in fleet.nodes.values())
         nodes = GaugeMetricFamily("llmgate_nodes", "Nodes by state as this gate sees them", labels=["state"])
         for state, count in sorted(states.items()):
             nodes.add_metric([state], count)
         yield nodes
         usable = GaugeMetricFamily("llmgate_node_usable", "1 when the node takes new work", labels=["node"])
-        in_flight = GaugeMetricFamily("llmgate_in_flight", "Requests of this gate at a node now", labels=["node"])
+        in_flight = GaugeMetricFamily(_IN_FLIGHT, "Requests of this gate at a node now", labels=["node"])
         health = GaugeMetricFamily("llmgate_node_state", "1 for the state of a node's health", labels=["node", "state"])
         share = GaugeMetricFamily("llmgate_node_share", "How much of its slots is used by choice", labels=["node"])
         for node in fleet.nodes.values():
             usable.add_metric([node.name], float(node.standing(now, self._stale_after_s).usable))
-            in_flight.add_metric([node.name], node.in_flight)
+            in_flight.add_metric([node.name], running[node.name])
             share.add_metric([node.name], node.share(now))
             current = node.health.at(now).state
             for condition in Condition:

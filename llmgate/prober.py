@@ -18,6 +18,8 @@ from llmnode.wire.node import Report
 
 log = logging.getLogger("llmgate.prober")
 
+_JITTER = 0.1
+
 
 class Fetch(Protocol):
     """GET a URL with the fleet token -> (status, ETag or "", body).
@@ -37,11 +39,12 @@ class Prober:
         publish: Callable[[Event], None],
         fetch: Fetch,
         clock: Callable[[], float],
+        dice: Callable[[], float],
         *,
         interval_s: float,
         stale_after_s: float,
     ) -> None:
-        self._fleet, self._publish, self._fetch, self._clock = fleet, publish, fetch, clock
+        self._fleet, self._publish, self._fetch, self._clock, self._dice = fleet, publish, fetch, clock, dice
         self._interval_s, self._stale_after_s = interval_s, stale_after_s
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._etags: dict[str, str] = {}
@@ -79,7 +82,9 @@ class Prober:
             if node is not None:
                 self._publish(await self._poll_safely(node))
                 self.say(name)
-            await asyncio.sleep(max(0.0, started + self._interval_s - self._clock()))
+            # Gates and workers that were started together must not ask a node together for ever.
+            interval = self._interval_s * (1 - _JITTER + 2 * _JITTER * self._dice())
+            await asyncio.sleep(max(0.0, started + interval - self._clock()))
 
     async def _poll_safely(self, node: Node) -> Event:
         """A poll that fails in a way nobody foresaw must not be the last one."""

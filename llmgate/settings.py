@@ -21,12 +21,13 @@ _MIN_TOKEN = 24
 
 @dataclass(frozen=True)
 class Settings:
-    """How one gate process runs. Paths are read when it starts; the nodes file also when it changes."""
+    """How one gate runs. Read when it starts and on SIGHUP; the nodes file also when it changes."""
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", minimum=1, maximum=65535)
+    workers: int = setting(1, "processes that serve, to use as many cores", minimum=1, maximum=64)
     nodes_file: Path | None = setting(
-        None, "TOML file with the [[nodes]] and the rules of [models]; re-read when it changes and on SIGHUP"
+        None, "TOML file with the [[nodes]] and the rules of [models]; re-read when it changes"
     )
     state_dir: Path | None = setting(None, "folder for llmgate.db (keys, drain leases); made when it is missing")
     fleet_token_file: Path | None = setting(

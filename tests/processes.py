@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import TypeVar
 
@@ -42,14 +42,22 @@ class Program:
     """One running program, its output kept in a file.
 
     `start` returns at once; `ready` waits until GET /ready answers 200 and fails early, with the log, if the program
-    ends before. `url` is its base address on loopback.
+    ends before. `url` is its base address on loopback. `command` starts it in place of `python -m MODULE`.
     """
 
-    def __init__(self, module: str, arguments: list[str], port: int, log: Path, env: Mapping[str, str] | None = None):
+    def __init__(
+        self,
+        module: str,
+        arguments: list[str],
+        port: int,
+        log: Path,
+        env: Mapping[str, str] | None = None,
+        command: Sequence[str] = (),
+    ):
         self.port = port
         self.url = f"http://127.0.0.1:{port}"
         self.log = log
-        self.command = [sys.executable, "-m", module, *arguments]
+        self.command = [*(command or (sys.executable, "-m", module)), *arguments]
         clean = {k: v for k, v in os.environ.items() if not k.startswith(("LLMNODE_", "LLMGATE_", "NOTIFY_SOCKET"))}
         clean.update(env or {})
         with log.open("ab") as out:

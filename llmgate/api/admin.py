@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from datetime import datetime, timezone
 from typing import Any
 
@@ -14,7 +13,7 @@ from sanic.response import json as json_response
 
 from llmgate.api.door import Door
 from llmgate.core import keys, leases
-from llmgate.core.fleet import Lease, Node, View
+from llmgate.core.fleet import Lease, Leased, Node, View
 from llmgate.core.health import Health
 from llmgate.ledger import Ledger
 from llmnode.wire.errors import InvalidRequest, NotFound
@@ -25,16 +24,17 @@ def blueprint(
     door: Door,
     view: View,
     ledger: Ledger,
+    in_flight: Callable[[], Mapping[str, int]],
     clock: Callable[[], float],
     wall: Callable[[], float],
     stale_after_s: float,
 ) -> Blueprint:
+    """`in_flight`: requests at each node, of all workers."""
     routes = Blueprint("admin", url_prefix="/admin")
-    # Two drains decided at once could each count on the other's node.
-    one_at_a_time = asyncio.Lock()
 
-    def shown(node: Node) -> dict[str, Any]:
-        return describe(node, now=clock(), wall=wall(), stale_after_s=stale_after_s)
+    def shown(node: Node, running: Mapping[str, int]) -> dict[str, Any]:
+        described = describe(node, now=clock(), wall=wall(), stale_after_s=stale_after_s)
+        return described | {"in_flight": running.get(node.name, 0)}
 
     def named(name: str) -> Node:
         node = view.fleet.nodes.get(name)
@@ -45,29 +45,37 @@ def blueprint(
 
     async def nodes(request: Request) -> HTTPResponse:
         keys.require_admin(door.who(request))
-        return json_response({"nodes": [shown(node) for node in view.fleet.nodes.values()]})
+        running = in_flight()
+        return json_response({"nodes": [shown(node, running) for node in view.fleet.nodes.values()]})
 
     async def one(request: Request, name: str) -> HTTPResponse:
         keys.require_admin(door.who(request))
-        return json_response(shown(named(name)))
+        return json_response(shown(named(name), in_flight()))
 
     async def drain(request: Request, name: str) -> HTTPResponse:
         keys.require_admin(door.who(request))
         ask = leases.parse_drain(_object(request.body))
-        async with one_at_a_time:
-            node = named(name)
-            lease = leases.take(view.fleet, node, ask, now=clock(), wall=wall(), stale_after=stale_after_s)
-            await ledger.put_lease(lease)
+        named(name)
+        seen = view.fleet
+
+        def decide(held: tuple[Lease, ...]) -> Lease:
+            fleet = seen.apply(Leased(leases.live(held, wall())))
+            return leases.take(fleet, fleet.nodes[name], ask, now=clock(), wall=wall(), stale_after=stale_after_s)
+
+        lease = await ledger.take_lease(decide)
         return json_response(describe_lease(lease, wall()))
 
     async def undrain(request: Request, name: str) -> HTTPResponse:
         keys.require_admin(door.who(request))
-        force = request.args.get("force") == "true"
-        async with one_at_a_time:
-            node = named(name)
-            leases.require_release(node, request.args.get("owner"), force=force)
-            released = node.lease is not None
-            await ledger.drop_lease(name)
+        owner, force = request.args.get("owner"), request.args.get("force") == "true"
+        named(name)
+        seen = view.fleet
+
+        def check(held: tuple[Lease, ...]) -> None:
+            fleet = seen.apply(Leased(leases.live(held, wall())))
+            leases.require_release(fleet.nodes[name], owner, force=force)
+
+        released = await ledger.release_lease(name, check)
         return json_response({"node": name, "released": released})
 
     routes.add_route(nodes, "/nodes", methods=["GET"])

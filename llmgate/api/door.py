@@ -25,6 +25,7 @@ class Door:
     """Lets requests in, and in the end puts them out. `active` counts those inside.
 
     draining: set once; no more come in.   closed: set once; those still inside are being cut.
+    leaving: set once; other workers take what is new, and each connection is closed with its next answer.
     """
 
     def __init__(self, keyring: Callable[[], Keyring], *, require_keys: bool) -> None:
@@ -33,6 +34,7 @@ class Door:
         self.draining = False
         self.closed = False
         self._inside: set[asyncio.Task[Any]] = set()
+        self.leaving = False
         self._empty = asyncio.Event()
         self._empty.set()
 

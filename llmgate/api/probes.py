@@ -1,12 +1,14 @@
 """What machines ask of the gate itself, without a key: /health, /ready, /metrics.
 
-/health: the process answers, and says which release and settings it runs: the playbooks restart it when these are not
-the wanted ones. /ready: 200 while at least one node takes work and the gate is not draining, so that a load balancer
-in front of several gates sends requests only where they can be answered; 503 says why.
+/health: the worker answers, and says which release and settings it runs: the playbooks reload the gate when these are
+not the wanted ones. /ready: 200 while at least one node takes work and the gate is not draining, so that a load
+balancer in front of several gates sends requests only where they can be answered; 503 says why. /metrics: what all
+workers have counted together.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -16,18 +18,27 @@ from sanic.response import json, raw
 from llmgate.api.door import Door
 from llmgate.core.fleet import View
 from llmgate.core.policy import NO_NODE_RETRY_S
+from llmgate.line import Post
 from llmgate.metrics import Metrics
 from llmnode.service.release import release
 from llmnode.wire.errors import Overloaded
 
 
 def blueprint(
-    *, door: Door, view: View, metrics: Metrics, clock: Callable[[], float], stale_after_s: float, config: str
+    *,
+    door: Door,
+    view: View,
+    metrics: Metrics,
+    clock: Callable[[], float],
+    stale_after_s: float,
+    config: str,
+    post: Post,
 ) -> Blueprint:
     routes = Blueprint("probes")
 
     async def health(request: Request) -> HTTPResponse:
-        return json({"status": "ok", "release": release(), "config": config})
+        who = {"generation": post.generation, "worker": post.place, "pid": os.getpid()}
+        return json({"status": "ok", "release": release(), "config": config} | who)
 
     async def ready(request: Request) -> HTTPResponse:
         if door.draining:

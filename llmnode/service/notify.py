@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import socket
+import time
 from collections.abc import Mapping
 
 
@@ -34,6 +35,11 @@ class Notifier:
 
     def status(self, text: str) -> None:
         self._send(f"STATUS={text}", socket.MSG_DONTWAIT)
+
+    def reloading(self, status: str) -> None:
+        """Settings are being read anew; `ready` ends it."""
+        now = time.clock_gettime_ns(time.CLOCK_MONOTONIC) // 1000
+        self._send(f"RELOADING=1\nMONOTONIC_USEC={now}\nSTATUS={status}")
 
     def stopping(self, status: str) -> None:
         self._send(f"STOPPING=1\nSTATUS={status}")

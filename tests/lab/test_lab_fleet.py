@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -69,6 +70,22 @@ def changes(output: str) -> dict[str, int]:
     """Host -> number of changed tasks, from a play's recap."""
     recap = output[output.index("PLAY RECAP") :]
     return {host: int(count) for host, count in re.findall(r"^(\S+)\s+:.*?changed=(\d+)", recap, re.MULTILINE)}
+
+
+@contextmanager
+def asking() -> Iterator[dict[str, Any]]:
+    """Ask the gate without end, and say how it went when it is over."""
+    key = (SECRETS / "client-key").read_text().strip()
+    load = subprocess.Popen(
+        [*LAB, "exec", "--", sys.executable, str(ROOT / "tests/lab/load.py"), GATE, key, "handbook", "3"],
+        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
+    )  # fmt: skip
+    result: dict[str, Any] = {}
+    try:
+        yield result
+    finally:
+        told, _ = load.communicate(timeout=150)
+        result.update(json.loads(told))
 
 
 @dataclasses.dataclass
@@ -185,21 +202,40 @@ def test_a_roll_that_fails_stops_there_and_keeps_requests_away(fleet: Fleet) -> 
 def test_a_restart_rolls_both_nodes_while_requests_are_answered(fleet: Fleet) -> None:
     wait_for(fleet.all_usable, "both nodes to be usable")
     before = {name: node["boot"] for name, node in fleet.nodes().items()}
-    key = (SECRETS / "client-key").read_text().strip()
-    load = subprocess.Popen(
-        [*LAB, "exec", "--", sys.executable, str(ROOT / "tests/lab/load.py"), GATE, key, "handbook", "3"],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
+    with asking() as result:
         output = play("restart")
-    finally:
-        told, _ = load.communicate(timeout=150)
-    result = json.loads(told)
     assert result["failed"] == [], result
     after = {name: node["boot"] for name, node in fleet.nodes().items()}
     assert all(after[name] != before[name] for name in NODES), output[-3000:]
     assert result["answered"] > 20
     assert all(node["lease"] is None for node in fleet.nodes().values())
+
+
+def test_the_gate_is_reloaded_and_restarted_while_requests_are_answered(fleet: Fleet) -> None:
+    wait_for(fleet.all_usable, "both nodes to be usable")
+    process = on("lab1", "systemctl show --value -p MainPID llmgate")
+    with asking() as result:
+        deploy("--limit", "lab1", "-e", json.dumps({"llmgate_settings": {"workers": 2}}))
+        reloaded = fleet.get("/health")
+        assert reloaded and reloaded["generation"] == 2
+        assert on("lab1", "systemctl show --value -p MainPID llmgate") == process
+        assert "2 of 2 workers" in on("lab1", "systemctl show --value -p StatusText llmgate")
+        on("lab1", "systemctl restart llmgate")
+        assert on("lab1", "systemctl show --value -p MainPID llmgate") != process
+        restarted = fleet.get("/health")
+        assert restarted and restarted["generation"] == 1
+        assert changes(deploy("--limit", "lab1"))["lab1"] > 0
+    assert result["failed"] == [], result
+    assert result["answered"] > 20
+    assert on("lab1", "systemctl is-active llmgate llmgate.socket") == "active\nactive"
+
+
+def test_the_gate_moves_to_another_port_and_back(fleet: Fleet) -> None:
+    deploy("--limit", "lab1", "-e", "llmgate_port=8001")
+    assert "0.0.0.0:8001" in on("lab1", "ss -Hltn")
+    assert "0.0.0.0:8000" not in on("lab1", "ss -Hltn")
+    deploy("--limit", "lab1")
+    wait_for(fleet.all_usable, "both nodes to be usable")
 
 
 def test_down_leaves_nothing_behind(fleet: Fleet) -> None:

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from llmgate import listing
+from llmgate.core.crew import GRACE_S
 from llmgate.listing import Address, Canary, Listing, Route
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -123,7 +124,8 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for name in ("llmnode@.service", "llmrack-nvidia.service"):
             tasks.append(_template("llmnode", name, folder / kind, {"llmnode_gpu": kind}))
     (folder / "gate").mkdir()
-    tasks.append(_template("llmgate", "llmgate.service", folder / "gate", {}))
+    for name in ("llmgate.service", "llmgate.socket"):
+        tasks.append(_template("llmgate", name, folder / "gate", {"llmgate_started_with": {}}))
     defaults = [str(ROOT / "roles" / role / "defaults/main.yml") for role in ("llmnode", "llmgate")]
     play = {"hosts": "localhost", "gather_facts": False, "vars_files": defaults, "tasks": tasks}
     (folder / "play.yml").write_text(yaml.safe_dump([play]))
@@ -167,9 +169,27 @@ def test_only_instances_with_gpus_see_devices(units: Path) -> None:
 
 
 def test_systemd_waits_longer_than_a_drain(units: Path) -> None:
-    drains = read(ROOT / "roles/llmnode/defaults/main.yml")["llmnode_drain_seconds"]
-    waits = re.search(r"^TimeoutStopSec=(\d+)$", (units / "none/llmnode@.service").read_text(), re.MULTILINE)
-    assert waits and int(waits[1]) > drains
+    for role, unit, grace in (("llmnode", "none/llmnode@.service", 0), ("llmgate", "gate/llmgate.service", GRACE_S)):
+        drains = read(ROOT / "roles" / role / "defaults/main.yml")[f"{role}_drain_seconds"]
+        waits = re.search(r"^TimeoutStopSec=(\d+)$", (units / unit).read_text(), re.MULTILINE)
+        assert waits and int(waits[1]) > drains + grace
+
+
+def test_the_gates_socket_listens_where_the_inventory_says(tmp_path: Path) -> None:
+    def listens(address: str) -> str:
+        variables = {"llmgate_listen": address, "llmgate_port": 8000}
+        play = {
+            "hosts": "localhost",
+            "gather_facts": False,
+            "tasks": [_template("llmgate", "llmgate.socket", tmp_path, variables)],
+        }
+        (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+        rendered = ansible("ansible-playbook", "-i", "localhost,", "-c", "local", tmp_path / "play.yml")
+        assert rendered.returncode == 0, rendered.stdout
+        return re.findall(r"^ListenStream=(.*)$", (tmp_path / "llmgate.socket").read_text(), re.MULTILINE)[0]
+
+    assert listens("0.0.0.0") == "0.0.0.0:8000"
+    assert listens("::") == "[::]:8000"
 
 
 def test_labels_weights_and_routes_reach_the_gates_nodes_file(tmp_path: Path) -> None:
