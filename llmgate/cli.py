@@ -33,6 +33,7 @@ from llmgate.core.explanation import columns, explain
 from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
 from llmgate.core.policy import USES, Ask
 from llmgate.core.prompt import Prompt
+from llmgate.core.queue import Priority
 from llmgate.ledger import KeyTaken, Store, StoreError
 from llmgate.listing import Address, Listing
 from llmgate.relay import Relay
@@ -129,6 +130,12 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     create.add_argument("name", help="who uses it; live keys have different names")
     create.add_argument("--admin", action="store_true", help="may use the admin API")
     create.add_argument("--models", default="", metavar="A,B", help="models it may use (default: all)")
+    create.add_argument(
+        "--priority",
+        choices=[priority.word for priority in Priority],
+        default=Priority.NORMAL.word,
+        help="who goes first when requests wait; a request may ask for less (default: %(default)s)",
+    )
     create.add_argument(
         "--from-file",
         type=Path,
@@ -289,7 +296,15 @@ def _keys_create(options: argparse.Namespace) -> int:
         return _say(BAD, str(error))
     store = _open_store(options)
     try:
-        return _create(store, options, keys.Key(name, keys.digest(secret), options.admin, models, time.time()), secret)
+        key = keys.Key(
+            name,
+            keys.digest(secret),
+            options.admin,
+            models,
+            created=time.time(),
+            priority=Priority.of(options.priority),
+        )
+        return _create(store, options, key, secret)
     finally:
         store.close()
 
@@ -298,10 +313,10 @@ def _create(store: Store, options: argparse.Namespace, key: keys.Key, secret: st
     held = next((k for k in store.all_keys() if k.name == key.name and k.revoked is None), None)
     same = held is not None and (options.from_file is None or held.digest == key.digest)
     if held and options.if_absent and same:
-        if (held.admin, held.models) == (key.admin, key.models):
+        if (held.admin, held.models, held.priority) == (key.admin, key.models, key.priority):
             print("unchanged")
             return OK
-        store.set_rights(key.name, admin=key.admin, models=key.models)
+        store.set_rights(key.name, admin=key.admin, models=key.models, priority=key.priority)
         print("updated")
         return OK
     try:
@@ -324,7 +339,8 @@ def _keys_list(options: argparse.Namespace) -> int:
     for key in held:
         state = "revoked" if key.revoked else "live"
         rights = "admin" if key.admin else "user"
-        print(f"{key.name:<24} {state:<8} {rights:<6} {_day(key.created)}  {','.join(key.models) or 'all models'}")
+        what = f"{key.priority.word:<7} {','.join(key.models) or 'all models'}"
+        print(f"{key.name:<24} {state:<8} {rights:<6} {_day(key.created)}  {what}")
     return OK
 
 
@@ -345,6 +361,7 @@ def _key_json(key: keys.Key) -> dict[str, object]:
         "name": key.name,
         "admin": key.admin,
         "models": list(key.models),
+        "priority": key.priority.word,
         "created": _day(key.created),
         "revoked": _day(key.revoked) if key.revoked else None,
     }

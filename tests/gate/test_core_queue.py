@@ -9,8 +9,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
+from llmgate.core import keys as access
+from llmgate.core.keys import Key
 from llmgate.core.pace import Pace
 from llmgate.core.queue import PASSES, Priority, Queue, Ticket
+from llmnode.wire.errors import Forbidden, InvalidRequest
 
 HIGH, NORMAL, LOW = Priority.HIGH, Priority.NORMAL, Priority.LOW
 KEYS = st.sampled_from("abc")
@@ -306,3 +309,25 @@ def test_samples_of_other_times_are_forgotten() -> None:
     pace.emptied()
     pace.formed(600.0)
     assert pace.wait(9, 600.0) == 0.0
+
+
+@pytest.mark.parametrize(
+    ("own", "asked", "gets"),
+    [
+        (NORMAL, None, NORMAL),
+        (HIGH, "", HIGH),
+        (HIGH, "high", HIGH),
+        (HIGH, " Low ", LOW),
+        (LOW, "low", LOW),
+    ],
+)
+def test_a_request_may_ask_for_less_than_its_keys_priority(own: Priority, asked: str | None, gets: Priority) -> None:
+    assert access.priority(Key("k", "d", priority=own), asked) is gets
+
+
+def test_a_request_may_not_ask_for_more_than_its_keys_priority() -> None:
+    with pytest.raises(Forbidden, match="low priority at most, not high") as caught:
+        access.priority(Key("k", "d", priority=LOW), "high")
+    assert caught.value.code == "priority_not_allowed"
+    with pytest.raises(InvalidRequest, match="x-llmrack-priority must be one of high, normal, low, got '5'"):
+        access.priority(Key("k", "d"), "5")
