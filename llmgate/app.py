@@ -32,6 +32,7 @@ from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
 from llmgate.settings import Settings, is_loopback, read_nodes, state_dir
+from llmnode.service.connection import Connection
 from llmnode.service.notify import Notifier
 from llmnode.service.settings import Loaded, SettingError
 
@@ -139,7 +140,11 @@ class Gate:
         app = self._compose()
         # Routes are finished by startup(), so no connection is taken before it.
         server = await app.create_server(
-            sock=sock, access_log=False, backlog=_BACKLOG, asyncio_server_kwargs={"start_serving": False}
+            sock=sock,
+            protocol=Connection,
+            access_log=False,
+            backlog=_BACKLOG,
+            asyncio_server_kwargs={"start_serving": False},
         )
         assert server is not None
         await server.startup()  # type: ignore[no-untyped-call]
@@ -156,6 +161,8 @@ class Gate:
                 "MOTD": False,
                 "FALLBACK_ERROR_FORMAT": "json",
                 "REQUEST_MAX_SIZE": settings.body_limit_bytes,
+                "REQUEST_TIMEOUT": settings.receive_timeout_s,
+                "KEEP_ALIVE_TIMEOUT": settings.idle_timeout_s,
                 # Above the deadline that the gate keeps itself, or Sanic would answer 503 in its place.
                 "RESPONSE_TIMEOUT": settings.request_timeout_s + 30,
             }

@@ -15,6 +15,7 @@ import asyncio
 import json
 import os
 import random
+import resource
 import secrets
 import sys
 import time
@@ -168,6 +169,7 @@ def _serve(options: argparse.Namespace) -> int:
     nodes = configuration.read_nodes(settings)
     configuration.state_dir(settings)
     sock = listen(settings)
+    _raise_file_limit()
     try_use_uvloop()
 
     async def run() -> None:
@@ -175,6 +177,19 @@ def _serve(options: argparse.Namespace) -> int:
 
     asyncio.run(run())
     return OK
+
+
+def _raise_file_limit() -> None:
+    """Take all the open files that are allowed: each client's connection is one, and so is each node's.
+
+    The lower limit that a process starts with is there for programs that use select(), which cannot count so far.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        print(f"llmgate: going on with {soft} open files: {error}", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> int:

@@ -52,6 +52,12 @@ class Settings:
         unit="seconds",
         minimum=0.1,
     )
+    receive_timeout_s: float = setting(
+        60.0, "time for a request to arrive, head and body together", unit="seconds", minimum=0.1
+    )
+    idle_timeout_s: float = setting(
+        120.0, "a client's connection with no request on it is closed after so long", unit="seconds", minimum=1
+    )
     request_timeout_s: float = setting(
         600.0, "time for one request, all its attempts together", unit="seconds", minimum=0.1
     )

@@ -108,7 +108,7 @@ class Rig:
             self.turns[name] = turn
             node = turn.choice.ranked[0].name
             turn.begin()
-            self.view.apply(Dispatched(node))
+            self.view.apply(Dispatched(node, self.now))
             try:
                 await self._ends[name].wait()
             finally:
@@ -400,7 +400,7 @@ def test_when_no_node_is_left_it_waits_for_one() -> None:
         rig = Rig("a")
         for name in "123":
             await rig.ask(name)
-        rig.view.apply(Lost("a", "gone"))
+        rig.view.apply(Lost("a", "gone", rig.now))
         await rig.end("1", "2")
         assert rig.went == ["1", "2"]
         rig.now += 5.0
