@@ -21,7 +21,7 @@ from sanic import Sanic
 from sanic.server.async_server import AsyncioServer
 
 from llmgate.api import admin, errors, openai, probes
-from llmgate.api.conversation import Conversations
+from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
@@ -32,6 +32,7 @@ from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
 from llmgate.settings import Settings, is_loopback, read_nodes, state_dir
+from llmgate.waiting import Waiting
 from llmnode.service.connection import Connection
 from llmnode.service.notify import Notifier
 from llmnode.service.settings import Loaded, SettingError
@@ -99,7 +100,8 @@ class Gate:
             interval_s=settings.poll_interval_s,
             stale_after_s=settings.stale_after_s,
         )
-        self._metrics = Metrics(lambda: self._view.fleet, self._clock, settings.stale_after_s)
+        self._waiting = Waiting(self._view, self._clock, limit=settings.queue_limit, beat_s=KEEPALIVE_S)
+        self._metrics = Metrics(lambda: self._view.fleet, self._waiting.lengths, self._clock, settings.stale_after_s)
         self._request_log = RequestLog(settings.request_log)
 
     async def serve(self, sock: socket.socket) -> None:
@@ -173,6 +175,7 @@ class Gate:
             door=self._door,
             view=self._view,
             relay=self._relay,
+            waiting=self._waiting,
             request_log=self._request_log,
             metrics=self._metrics,
             clock=clock,

@@ -7,7 +7,7 @@ Label values come from configuration and from nodes, never from clients: a model
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -20,13 +20,22 @@ _TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100)
 # From a node that hands its streams over to a wait for the only one there is to come back.
 _PAUSE_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 250)
 _DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
+# The first is of those that went at once.
+_QUEUE_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 UNKNOWN = "unknown"
 
 
 class Metrics:
     """Counters and histograms, fed by the API layer; fleet gauges are read from the snapshot at each scrape."""
 
-    def __init__(self, fleet: Callable[[], Fleet], clock: Callable[[], float], stale_after_s: float) -> None:
+    def __init__(
+        self,
+        fleet: Callable[[], Fleet],
+        waiting: Callable[[], Mapping[str, int]],
+        clock: Callable[[], float],
+        stale_after_s: float,
+    ) -> None:
+        """`waiting`: how many requests wait for a node, by model."""
         self.registry = CollectorRegistry()
         self.requests = Counter("llmgate_requests", "Requests answered", ["model", "status"], registry=self.registry)
         self.tokens = Counter(
@@ -77,7 +86,20 @@ class Metrics:
             buckets=_DURATION_BUCKETS,
             registry=self.registry,
         )
-        self.registry.register(_FleetGauges(fleet, clock, stale_after_s))
+        self.queued = Histogram(
+            "llmgate_queue_seconds",
+            "Waiting at the gate for a node with room, of requests that got their turn",
+            ["model"],
+            buckets=_QUEUE_BUCKETS,
+            registry=self.registry,
+        )
+        self.turned_away = Counter(
+            "llmgate_queue_refusals",
+            "Requests that could not wait at the gate, or no longer",
+            ["model", "reason"],
+            registry=self.registry,
+        )
+        self.registry.register(_FleetGauges(fleet, waiting, clock, stale_after_s))
 
     def text(self) -> bytes:
         """The scrape, in Prometheus' text format."""
@@ -85,8 +107,14 @@ class Metrics:
 
 
 class _FleetGauges:
-    def __init__(self, fleet: Callable[[], Fleet], clock: Callable[[], float], stale_after_s: float) -> None:
-        self._fleet, self._clock, self._stale_after_s = fleet, clock, stale_after_s
+    def __init__(
+        self,
+        fleet: Callable[[], Fleet],
+        waiting: Callable[[], Mapping[str, int]],
+        clock: Callable[[], float],
+        stale_after_s: float,
+    ) -> None:
+        self._fleet, self._waiting, self._clock, self._stale_after_s = fleet, waiting, clock, stale_after_s
 
     def describe(self) -> list[Metric]:
         """Nothing to check against: the registry would otherwise collect once to find out."""
@@ -110,7 +138,11 @@ class _FleetGauges:
             current = node.health.at(now).state
             for condition in Condition:
                 health.add_metric([node.name, condition.word], float(current is condition))
+        queue = GaugeMetricFamily("llmgate_queue_length", "Requests that wait for a node with room", labels=["model"])
+        for model, length in self._waiting().items():
+            queue.add_metric([model], length)
         yield usable
         yield in_flight
+        yield queue
         yield health
         yield share

@@ -46,7 +46,7 @@ class Visit:
     """A request that wants a turn.
 
     deadline: reading of the clock by which its answer must be complete.
-    rank: the nodes for it by the latest snapshot, best first. Called again whenever it might go.
+    choice: the nodes for it as of now.    rank: the same by the latest snapshot, whenever it might go.
     beat: awaited every `beat_s` seconds while it waits, to tell its client.
     """
 
@@ -54,6 +54,7 @@ class Visit:
     key: str
     priority: Priority
     deadline: float
+    choice: Choice
     rank: Callable[[], Choice]
     beat: Callable[[], Awaitable[None]]
 
@@ -74,13 +75,13 @@ class Turn:
 
 @dataclass(eq=False)
 class _Waiter:
-    """turn: the choice, once it has one.    waits: whether it had to.    nodes: its candidates as of `ranked`."""
+    """turn: the choice, once it has one.    waits: whether it had to.    nodes: its candidates, as of `ranked`."""
 
     visit: Visit
     turn: asyncio.Future[Choice]
     waits: bool = False
     nodes: frozenset[str] = frozenset()
-    ranked: float = float("-inf")
+    ranked: float | None = None
 
 
 @dataclass
@@ -189,10 +190,11 @@ class Waiting:
     def _fit(self, waiter: _Waiter, open_nodes: frozenset[str]) -> Choice | Exception | None:
         """Where this one would go now; None for nowhere. An error is its own and must not hold up the others."""
         now = self._clock()
-        if waiter.nodes.isdisjoint(open_nodes) and now - waiter.ranked < _RANK_AGAIN_S:
+        first = waiter.ranked is None
+        if waiter.ranked is not None and waiter.nodes.isdisjoint(open_nodes) and now - waiter.ranked < _RANK_AGAIN_S:
             return None
         try:
-            choice = waiter.visit.rank()
+            choice = waiter.visit.choice if first else waiter.visit.rank()
         except Exception as error:
             return error
         waiter.nodes, waiter.ranked = frozenset(candidate.name for candidate in choice.ranked), now

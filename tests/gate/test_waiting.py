@@ -13,7 +13,7 @@ from llmgate.core import policy
 from llmgate.core.fleet import Dispatched, Finished, Listed, Lost, Reported, View
 from llmgate.core.policy import Ask, Choice
 from llmgate.core.queue import Priority
-from llmgate.settings import Address
+from llmgate.listing import Address
 from llmgate.waiting import Turn, TurnedAway, Visit, Waiting
 from llmnode.wire.errors import DeadlineExceeded
 from llmnode.wire.node import Load, Model, Report, State
@@ -51,7 +51,7 @@ class Rig:
         self.view.apply(Reported(name, report, self.now))
 
     def rank(self) -> Choice:
-        return policy.least_loaded(self.view.fleet, Ask("tiny", frozenset({"chat"})), self.now, 1000.0)
+        return policy.choose(self.view.fleet, Ask("tiny", policy.CHAT), self.now, 1000.0, "least-loaded")
 
     async def ask(
         self,
@@ -74,7 +74,8 @@ class Rig:
         left: float = 600.0,
         rank: Callable[[], Choice] | None = None,
     ) -> Visit:
-        return Visit("tiny", key, priority, self.now + left, rank or self.rank, self._beat)
+        rank = rank or self.rank
+        return Visit("tiny", key, priority, self.now + left, rank(), rank, self._beat)
 
     async def _beat(self) -> None:
         self.beaten.set()
@@ -363,7 +364,7 @@ def test_one_without_a_candidate_waits_and_holds_up_nobody() -> None:
         rig = Rig("a")
         for name in "12":
             await rig.ask(name)
-        await rig.ask("nowhere", rank=lambda: Choice((), (), "none"))
+        await rig.ask("nowhere", rank=lambda: Choice((), (), "none", "nobody", "tiny", "tiny"))
         await rig.ask("3")
         await rig.end("1")
         assert rig.went == ["1", "2", "3"]
@@ -417,7 +418,7 @@ def test_a_ranking_may_prefer_a_busy_node_but_not_beyond_twice_its_slots() -> No
 
         def prefers_a() -> Choice:
             choice = rig.rank()
-            return Choice(tuple(sorted(choice.ranked, key=lambda c: c.name)), (), "a first")
+            return dataclasses.replace(choice, ranked=tuple(sorted(choice.ranked, key=lambda c: c.name)))
 
         for number in range(10):
             await rig.ask(str(number), rank=prefers_a)
