@@ -165,6 +165,7 @@ class Gate:
                 "REQUEST_MAX_SIZE": settings.body_limit_bytes,
                 "REQUEST_TIMEOUT": settings.receive_timeout_s,
                 "KEEP_ALIVE_TIMEOUT": settings.idle_timeout_s,
+                "SEND_TIMEOUT": settings.send_timeout_s,
                 # Above the deadline that the gate keeps itself, or Sanic would answer 503 in its place.
                 "RESPONSE_TIMEOUT": settings.request_timeout_s + 30,
             }

@@ -55,6 +55,9 @@ class Settings:
     receive_timeout_s: float = setting(
         60.0, "time for a request to arrive, head and body together", unit="seconds", minimum=0.1
     )
+    send_timeout_s: float = setting(
+        60.0, "a client that takes nothing of its answer for so long is hung up on", unit="seconds", minimum=0.1
+    )
     idle_timeout_s: float = setting(
         120.0, "a client's connection with no request on it is closed after so long", unit="seconds", minimum=1
     )

@@ -52,11 +52,12 @@ def three(shared: Three) -> Three:
 
 @pytest.fixture(scope="module")
 def hasty(start_module: Start, tmp_path_factory: pytest.TempPathFactory) -> Iterator[GateUnderTest]:
-    """A gate that gives requests a second to arrive, and connections a second without one."""
+    """A gate that gives clients a second to send a request, to read, and to do nothing. A node floods "flood"."""
     gate = GateUnderTest(start_module, tmp_path_factory.mktemp("hasty"))
-    with MockNode("a") as node:
-        gate.list_nodes(node)
-        yield gate.run("--receive-timeout-s", "1", "--idle-timeout-s", "1")
+    with MockNode("a") as node, MockNode("b", model="flood") as flooding:
+        flooding.fault = "huge"
+        gate.list_nodes(node, flooding)
+        yield gate.run("--receive-timeout-s", "1", "--send-timeout-s", "1", "--idle-timeout-s", "1")
 
 
 def connect(gate: GateUnderTest) -> socket.socket:
@@ -272,3 +273,23 @@ def test_memory_of_streams_that_nobody_reads_is_bounded(three: Three) -> None:
         a.fault = b.fault = ""
         others_are_answered(gate)
     wait_for(lambda: a.closed + b.closed == STUCK, "the nodes' connections to be closed")
+
+
+def test_a_client_that_does_not_read_is_hung_up_on(hasty: GateUnderTest) -> None:
+    with connect(hasty) as client:
+        client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 65536)
+        client.sendall(post(hasty, chat_body(model="flood", stream=True)))
+        hasty.wait_node("b", lambda node: node["in_flight"] == 1)
+        hasty.wait_node("b", lambda node: node["in_flight"] == 0)
+    assert any(line["end"] == "client_left" and line["model"] == "flood" for line in hasty.lines(1))
+
+
+def test_a_client_that_reads_slowly_but_reads_is_not(hasty: GateUnderTest) -> None:
+    with connect(hasty) as client:
+        client.sendall(post(hasty, chat_body(model="flood", stream=True)))
+        end = time.monotonic() + 2.5
+        while time.monotonic() < end:
+            assert client.recv(256 * 1024)
+            time.sleep(0.02)
+        assert hasty.node("b")["in_flight"] == 1
+    hasty.wait_node("b", lambda node: node["in_flight"] == 0)
