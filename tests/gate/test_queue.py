@@ -183,4 +183,5 @@ def test_who_still_waits_when_its_time_is_up_is_told_so(gate: GateUnderTest, moc
     answer = gate.chat()
     assert answer.status_code == 504
     assert answer.json()["error"]["code"] == "deadline_exceeded"
+    assert "no node had room" in answer.json()["error"]["message"]
     assert not node.requests
