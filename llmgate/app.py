@@ -28,7 +28,7 @@ from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
 from llmgate.api import admin, errors, openai, probes
-from llmgate.api.conversation import Conversations
+from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
@@ -42,6 +42,8 @@ from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
 from llmgate.settings import Settings, is_loopback, read_nodes, state_dir
+from llmgate.waiting import Waiting
+from llmnode.service.connection import Connection
 from llmnode.service.settings import Loaded, SettingError
 
 log = logging.getLogger("llmgate")
@@ -87,7 +89,10 @@ class Gate:
             stale_after_s=settings.stale_after_s,
         )
         self._figures = Figures(Path(post.folder))
-        self._metrics = Metrics(lambda: self._view.fleet, self._clock, settings.stale_after_s, self._figures)
+        self._waiting = Waiting(self._view, self._clock, limit=settings.queue_limit, beat_s=KEEPALIVE_S)
+        self._metrics = Metrics(
+            lambda: self._view.fleet, self._waiting.lengths, self._clock, settings.stale_after_s, self._figures
+        )
         self._request_log = RequestLog(settings.request_log)
 
     async def serve(self, sock: socket.socket) -> None:
@@ -137,7 +142,11 @@ class Gate:
         app = self._compose()
         # Routes are finished by startup(), so no connection is taken before it.
         server = await app.create_server(
-            sock=sock, access_log=False, backlog=BACKLOG, asyncio_server_kwargs={"start_serving": False}
+            sock=sock,
+            protocol=Connection,
+            access_log=False,
+            backlog=BACKLOG,
+            asyncio_server_kwargs={"start_serving": False},
         )
         assert server is not None
         await server.startup()  # type: ignore[no-untyped-call]
@@ -154,6 +163,9 @@ class Gate:
                 "MOTD": False,
                 "FALLBACK_ERROR_FORMAT": "json",
                 "REQUEST_MAX_SIZE": settings.body_limit_bytes,
+                "REQUEST_TIMEOUT": settings.receive_timeout_s,
+                "KEEP_ALIVE_TIMEOUT": settings.idle_timeout_s,
+                "SEND_TIMEOUT": settings.send_timeout_s,
                 # Above the deadline that the gate keeps itself, or Sanic would answer 503 in its place.
                 "RESPONSE_TIMEOUT": settings.request_timeout_s + 30,
             }
@@ -165,6 +177,7 @@ class Gate:
             door=self._door,
             view=self._view,
             relay=self._relay,
+            waiting=self._waiting,
             request_log=self._request_log,
             metrics=self._metrics,
             clock=clock,

@@ -19,6 +19,7 @@ import json
 import logging
 import os
 import random
+import resource
 import secrets
 import signal
 import sys
@@ -35,6 +36,7 @@ from llmgate.core.explanation import columns, explain
 from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
 from llmgate.core.policy import USES, Ask
 from llmgate.core.prompt import Prompt
+from llmgate.core.queue import Priority
 from llmgate.ledger import KeyTaken, Store, StoreError
 from llmgate.line import Line, News, Post
 from llmgate.listener import PortInUse, adopted
@@ -136,6 +138,12 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     create.add_argument("--admin", action="store_true", help="may use the admin API")
     create.add_argument("--models", default="", metavar="A,B", help="models it may use (default: all)")
     create.add_argument(
+        "--priority",
+        choices=[priority.word for priority in Priority],
+        default=Priority.NORMAL.word,
+        help="who goes first when requests wait; a request may ask for less (default: %(default)s)",
+    )
+    create.add_argument(
         "--from-file",
         type=Path,
         metavar="PATH",
@@ -189,12 +197,26 @@ def _work(loaded: Loaded[Settings], post: Post, line: Line) -> None:
         logging.getLogger("llmgate.prober").setLevel(logging.ERROR)
     token = configuration.read_fleet_token(settings)
     nodes = configuration.read_nodes(settings)
+    _raise_file_limit()
     try_use_uvloop()
 
     async def run() -> None:
         await Gate(loaded, token, nodes, post, line).serve(adopted(post.listen_fd))
 
     asyncio.run(run())
+
+
+def _raise_file_limit() -> None:
+    """Take all the open files that are allowed: each client's connection is one, and so is each node's.
+
+    The lower limit that a process starts with is there for programs that use select(), which cannot count so far.
+    """
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    try:
+        if soft != hard:
+            resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    except (OSError, ValueError) as error:
+        print(f"llmgate: going on with {soft} open files: {error}", file=sys.stderr)
 
 
 def _check(options: argparse.Namespace) -> int:
@@ -320,7 +342,15 @@ def _keys_create(options: argparse.Namespace) -> int:
         return _say(BAD, str(error))
     store = _open_store(options)
     try:
-        return _create(store, options, keys.Key(name, keys.digest(secret), options.admin, models, time.time()), secret)
+        key = keys.Key(
+            name,
+            keys.digest(secret),
+            options.admin,
+            models,
+            created=time.time(),
+            priority=Priority.of(options.priority),
+        )
+        return _create(store, options, key, secret)
     finally:
         store.close()
 
@@ -329,10 +359,10 @@ def _create(store: Store, options: argparse.Namespace, key: keys.Key, secret: st
     held = next((k for k in store.all_keys() if k.name == key.name and k.revoked is None), None)
     same = held is not None and (options.from_file is None or held.digest == key.digest)
     if held and options.if_absent and same:
-        if (held.admin, held.models) == (key.admin, key.models):
+        if (held.admin, held.models, held.priority) == (key.admin, key.models, key.priority):
             print("unchanged")
             return OK
-        store.set_rights(key.name, admin=key.admin, models=key.models)
+        store.set_rights(key.name, admin=key.admin, models=key.models, priority=key.priority)
         print("updated")
         return OK
     try:
@@ -355,7 +385,8 @@ def _keys_list(options: argparse.Namespace) -> int:
     for key in held:
         state = "revoked" if key.revoked else "live"
         rights = "admin" if key.admin else "user"
-        print(f"{key.name:<24} {state:<8} {rights:<6} {_day(key.created)}  {','.join(key.models) or 'all models'}")
+        what = f"{key.priority.word:<7} {','.join(key.models) or 'all models'}"
+        print(f"{key.name:<24} {state:<8} {rights:<6} {_day(key.created)}  {what}")
     return OK
 
 
@@ -376,6 +407,7 @@ def _key_json(key: keys.Key) -> dict[str, object]:
         "name": key.name,
         "admin": key.admin,
         "models": list(key.models),
+        "priority": key.priority.word,
         "created": _day(key.created),
         "revoked": _day(key.revoked) if key.revoked else None,
     }

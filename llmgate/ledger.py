@@ -27,6 +27,7 @@ from typing import Any, TypeVar
 
 from llmgate.core.fleet import Lease
 from llmgate.core.keys import Key, Keyring
+from llmgate.core.queue import Priority
 
 T = TypeVar("T")
 log = logging.getLogger("llmgate.ledger")
@@ -34,7 +35,7 @@ log = logging.getLogger("llmgate.ledger")
 FILE = "llmgate.db"
 _PIECE = 4096
 """Bytes that reach a pipe in one piece (PIPE_BUF of pipe(7)). A file takes any one write as a whole."""
-_SCHEMA_VERSION = 1
+_SCHEMA_VERSION = 2
 _BUSY_MS = 5000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
@@ -44,7 +45,8 @@ CREATE TABLE IF NOT EXISTS keys (
     admin INTEGER NOT NULL,
     models TEXT NOT NULL,
     created REAL NOT NULL,
-    revoked REAL
+    revoked REAL,
+    priority TEXT NOT NULL DEFAULT 'normal'
 );
 CREATE UNIQUE INDEX IF NOT EXISTS live_name ON keys (name) WHERE revoked IS NULL;
 CREATE UNIQUE INDEX IF NOT EXISTS live_digest ON keys (digest) WHERE revoked IS NULL;
@@ -56,6 +58,8 @@ CREATE TABLE IF NOT EXISTS leases (
     expires REAL
 );
 """
+_STEPS = {1: "ALTER TABLE keys ADD COLUMN priority TEXT NOT NULL DEFAULT 'normal';"}
+"""By schema version, what makes it the next one."""
 
 
 class StoreError(Exception):
@@ -106,25 +110,26 @@ class Store:
 
     def all_keys(self) -> list[Key]:
         """All keys, revoked ones too, oldest first."""
-        rows = self._db.execute("SELECT name, digest, admin, models, created, revoked FROM keys ORDER BY id").fetchall()
-        return [Key(n, d, bool(a), tuple(json.loads(m)), c, r) for n, d, a, m, c, r in rows]
+        columns = "name, digest, admin, models, created, revoked, priority"
+        rows = self._db.execute(f"SELECT {columns} FROM keys ORDER BY id").fetchall()
+        return [Key(n, d, bool(a), tuple(json.loads(m)), c, r, Priority.of(p)) for n, d, a, m, c, r, p in rows]
 
     def add_key(self, key: Key) -> None:
         """Raises KeyTaken."""
         try:
             self._db.execute(
-                "INSERT INTO keys (name, digest, admin, models, created) VALUES (?, ?, ?, ?, ?)",
-                (key.name, key.digest, key.admin, json.dumps(key.models), key.created),
+                "INSERT INTO keys (name, digest, admin, models, created, priority) VALUES (?, ?, ?, ?, ?, ?)",
+                (key.name, key.digest, key.admin, json.dumps(key.models), key.created, key.priority.word),
             )
         except sqlite3.IntegrityError as error:
             what = "of that name" if "keys.name" in str(error) else "with that secret"
             raise KeyTaken(f"a live key {what} exists already") from error
 
-    def set_rights(self, name: str, *, admin: bool, models: Sequence[str]) -> None:
+    def set_rights(self, name: str, *, admin: bool, models: Sequence[str], priority: Priority) -> None:
         """Change what a live key may do."""
         self._db.execute(
-            "UPDATE keys SET admin = ?, models = ? WHERE name = ? AND revoked IS NULL",
-            (admin, json.dumps(tuple(models)), name),
+            "UPDATE keys SET admin = ?, models = ?, priority = ? WHERE name = ? AND revoked IS NULL",
+            (admin, json.dumps(tuple(models)), priority.word, name),
         )
 
     def revoke_key(self, name: str, when: float) -> bool:
@@ -167,10 +172,21 @@ class Store:
         self._db.execute("COMMIT")
 
     def _migrate(self, path: Path) -> None:
-        found = self._db.execute("PRAGMA user_version").fetchone()[0]
-        if found > _SCHEMA_VERSION:
-            raise StoreError(f"{path} was made by a newer llmgate (schema {found}, this one knows {_SCHEMA_VERSION})")
-        self._db.executescript(f"BEGIN IMMEDIATE;{_SCHEMA}PRAGMA user_version={_SCHEMA_VERSION};COMMIT;")
+        """Make the tables, or bring those of an older release up to date; in one transaction, since others may try."""
+        self._db.execute("BEGIN IMMEDIATE")
+        try:
+            found = self._db.execute("PRAGMA user_version").fetchone()[0]
+            if found > _SCHEMA_VERSION:
+                known = f"schema {found}, this one knows {_SCHEMA_VERSION}"
+                raise StoreError(f"{path} was made by a newer llmgate ({known})")
+            work = [_STEPS[at] for at in range(found, _SCHEMA_VERSION)] if found else _SCHEMA.split(";")
+            for statement in work:
+                self._db.execute(statement)
+            self._db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+        except BaseException:
+            self._db.execute("ROLLBACK")
+            raise
+        self._db.execute("COMMIT")
 
 
 class Ledger:

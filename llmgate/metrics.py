@@ -7,7 +7,7 @@ Label values come from configuration and from nodes, never from clients: a model
 from __future__ import annotations
 
 from collections import Counter as Tally
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 
 from prometheus_client import CollectorRegistry, Counter, Histogram, generate_latest
 from prometheus_client.core import GaugeMetricFamily, Metric
@@ -21,26 +21,31 @@ _TTFT_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100)
 # From a node that hands its streams over to a wait for the only one there is to come back.
 _PAUSE_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 250)
 _DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
+# The first is of those that went at once.
+_QUEUE_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 UNKNOWN = "unknown"
 _IN_FLIGHT = "llmgate_in_flight"
+_QUEUE_LENGTH = "llmgate_queue_length"
 
 
 class Metrics:
     """Counters and histograms, fed by the API layer; fleet gauges are read from the snapshot at each scrape.
 
     Each worker has its own, and all count into files that a scrape adds up (figures.py). A gauge is of the worker that
-    answers, unless it is published: all see the same nodes, but each has requests of its own at them.
+    answers, unless it is published: all see the same nodes, but each has requests of its own at them, and waiting.
     """
 
     def __init__(
         self,
         fleet: Callable[[], Fleet],
+        waiting: Callable[[], Mapping[str, int]],
         clock: Callable[[], float],
         stale_after_s: float,
         figures: Figures | None = None,
     ) -> None:
-        """With `figures`, /metrics shows what all workers have counted together."""
-        self._fleet, self._figures = fleet, figures
+        """`waiting`: how many requests wait for a node, by model. With `figures`, /metrics shows what all workers have
+        counted together."""
+        self._fleet, self._waiting, self._figures = fleet, waiting, figures
         self.registry = CollectorRegistry()
         self.requests = Counter("llmgate_requests", "Requests answered", ["model", "status"], registry=self.registry)
         self.tokens = Counter(
@@ -91,7 +96,20 @@ class Metrics:
             buckets=_DURATION_BUCKETS,
             registry=self.registry,
         )
-        self._gauges = _FleetGauges(fleet, self.in_flight, clock, stale_after_s)
+        self.queued = Histogram(
+            "llmgate_queue_seconds",
+            "Waiting at the gate for a node with room, of requests that got their turn",
+            ["model"],
+            buckets=_QUEUE_BUCKETS,
+            registry=self.registry,
+        )
+        self.turned_away = Counter(
+            "llmgate_queue_refusals",
+            "Requests that could not wait at the gate, or no longer",
+            ["model", "reason"],
+            registry=self.registry,
+        )
+        self._gauges = _FleetGauges(fleet, self.in_flight, self.waiting, clock, stale_after_s)
 
     def text(self) -> bytes:
         """The scrape, in Prometheus' text format."""
@@ -105,11 +123,17 @@ class Metrics:
         others = self._figures.others(_IN_FLIGHT) if self._figures else {}
         return {node.name: node.in_flight + int(others.get(node.name, 0)) for node in self._fleet().nodes.values()}
 
+    def waiting(self) -> dict[str, int]:
+        """Requests that wait for a node, by model, of all workers."""
+        others = self._figures.others(_QUEUE_LENGTH) if self._figures else {}
+        own = self._waiting()
+        return {model: own.get(model, 0) + int(others.get(model, 0)) for model in {*own, *others}}
+
     def publish(self) -> None:
         """Let the other workers see what only this one knows."""
         if self._figures:
             running = {node.name: node.in_flight for node in self._fleet().nodes.values() if node.in_flight}
-            self._figures.publish({_IN_FLIGHT: running})
+            self._figures.publish({_IN_FLIGHT: running, _QUEUE_LENGTH: dict(self._waiting())})
 
 
 class _FleetGauges:
@@ -117,10 +141,12 @@ class _FleetGauges:
         self,
         fleet: Callable[[], Fleet],
         in_flight: Callable[[], dict[str, int]],
+        waiting: Callable[[], Mapping[str, int]],
         clock: Callable[[], float],
         stale_after_s: float,
     ) -> None:
-        self._fleet, self._in_flight, self._clock, self._stale_after_s = fleet, in_flight, clock, stale_after_s
+        self._fleet, self._in_flight, self._waiting = fleet, in_flight, waiting
+        self._clock, self._stale_after_s = clock, stale_after_s
 
     def describe(self) -> list[Metric]:
         """Nothing to check against: the registry would otherwise collect once to find out."""
@@ -144,7 +170,11 @@ class _FleetGauges:
             current = node.health.at(now).state
             for condition in Condition:
                 health.add_metric([node.name, condition.word], float(current is condition))
+        queue = GaugeMetricFamily(_QUEUE_LENGTH, "Requests that wait for a node with room", labels=["model"])
+        for model, length in self._waiting().items():
+            queue.add_metric([model], length)
         yield usable
         yield in_flight
+        yield queue
         yield health
         yield share

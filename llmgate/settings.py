@@ -53,6 +53,15 @@ class Settings:
         unit="seconds",
         minimum=0.1,
     )
+    receive_timeout_s: float = setting(
+        60.0, "time for a request to arrive, head and body together", unit="seconds", minimum=0.1
+    )
+    send_timeout_s: float = setting(
+        60.0, "a client that takes nothing of its answer for so long is hung up on", unit="seconds", minimum=0.1
+    )
+    idle_timeout_s: float = setting(
+        120.0, "a client's connection with no request on it is closed after so long", unit="seconds", minimum=1
+    )
     request_timeout_s: float = setting(
         600.0, "time for one request, all its attempts together", unit="seconds", minimum=0.1
     )
@@ -61,6 +70,9 @@ class Settings:
         "nodes that may fail at the same place of one answer, its beginning included, before it is given up",
         minimum=1,
         maximum=100,
+    )
+    queue_limit: int = setting(
+        256, "requests that may wait here for a node with room, for each model; over it clients get 503", minimum=0
     )
     drain_seconds: float = setting(60.0, "on SIGTERM, how long running requests may go on", unit="seconds", minimum=0)
     body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)

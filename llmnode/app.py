@@ -39,6 +39,7 @@ from llmnode.engine.fake import FakeBackend
 from llmnode.engine.loop import Engine, Limits
 from llmnode.engine.snapshot import Snapshot
 from llmnode.engine.types import Event, ModelInfo, Sink
+from llmnode.service.connection import Connection
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded
@@ -95,6 +96,7 @@ def run(loaded: Loaded[Settings], sock: socket.socket, token: FleetToken | None,
     app.after_server_start(life.begin)
     app.run(
         sock=sock,
+        protocol=Connection,
         single_process=True,
         register_sys_signals=False,
         motd=False,

@@ -1,11 +1,12 @@
 """One request for an answer, from the door to the log.
 
-Its life, in the order of the code: who asks -> what for -> which nodes -> attempts and waits, as the plan says ->
-written down. The body is read once, for the model's name, the prompt's chain and whether a stream is wanted; the bytes
-themselves go to the node as they came, but for the model's name where the nodes know it by another.
+Its life, in the order of the code: who asks -> what for -> which nodes -> its turn, when one has room -> attempts and
+waits, as the plan says -> written down. The body is read once, for the model's name, the prompt's chain and whether a
+stream is wanted; the bytes themselves go to the node as they came, but for the model's name where the nodes know it by
+another.
 
-Decides nothing about nodes: `core/policy.py` ranks them and `core/plan.py` says whom to ask next. Here is what those
-decisions take: clock, dice, the fleet as it is now, and waiting.
+Decides nothing about nodes: `core/policy.py` ranks them, `waiting.py` says when to begin and `core/plan.py` whom to ask
+next. Here is what those decisions take: clock, dice, the fleet as it is now, and time to wait.
 """
 
 from __future__ import annotations
@@ -20,22 +21,24 @@ from sanic import HTTPResponse, Request
 
 from llmgate.api.door import Door, request_id
 from llmgate.core import body as bodies
-from llmgate.core import evidence, plan, policy
+from llmgate.core import evidence, keys, plan, policy
 from llmgate.core.fleet import Dispatched, Finished, Fleet, Node, View
 from llmgate.core.keys import Key, require_model
 from llmgate.core.plan import Kind, Look, Outcome, Seen, Try, Verdict
 from llmgate.core.policy import Ask, Choice
 from llmgate.core.prediction import Sent
 from llmgate.core.prompt import Prompt
+from llmgate.core.queue import Priority
 from llmgate.core.record import Record
 from llmgate.core.seats import Origin, Seat, heirs, seats
 from llmgate.ledger import RequestLog
 from llmgate.metrics import UNKNOWN, Metrics
 from llmgate.relay import Exchange, Relay, Whole
 from llmgate.settings import Settings
+from llmgate.waiting import Turn, TurnedAway, Visit, Waiting
 from llmnode.wire import headers as names
 from llmnode.wire import sse
-from llmnode.wire.errors import ApiError, InvalidRequest, Overloaded
+from llmnode.wire.errors import ApiError, DeadlineExceeded, InvalidRequest, Overloaded
 from llmnode.wire.resume import Fixed
 
 CLIENT_LEFT = 499
@@ -82,7 +85,7 @@ class _Talk:
     """What is at hand while one request is being answered.
 
     body: as it came.    choice: what the policy said of the last look at the fleet, of nodes to begin with; heirs: of
-    those that may go on, once something has begun.
+    those that may go on, once something has begun.    turn: once it has one.
     """
 
     ask: Ask
@@ -92,6 +95,7 @@ class _Talk:
     client: _Client
     record: Record
     heirs: Choice | None = None
+    turn: Turn | None = None
 
 
 class Conversations:
@@ -104,6 +108,7 @@ class Conversations:
         door: Door,
         view: View,
         relay: Relay,
+        waiting: Waiting,
         request_log: RequestLog,
         metrics: Metrics,
         clock: Callable[[], float],
@@ -111,7 +116,7 @@ class Conversations:
         dice: Callable[[], int],
     ) -> None:
         self._settings = settings
-        self._door, self._view, self._relay = door, view, relay
+        self._door, self._view, self._relay, self._waiting = door, view, relay, waiting
         self._log, self._metrics = request_log, metrics
         self._clock, self._wall, self._dice = clock, wall, dice
 
@@ -156,9 +161,9 @@ class Conversations:
         if choice.model is not None:
             require_model(key, asked, fleet.resolve(asked) or fleet.meant(asked))
             record.model = choice.model
+        priority = keys.priority(key, request.headers.get(names.PRIORITY))
         if not choice.ranked:
             raise policy.refusal(fleet, ask, choice, visible(fleet, key))
-        self._metrics.routed.labels(choice.policy, choice.reason).inc()
 
         exchange = Exchange(
             request_id=record.id,
@@ -172,7 +177,7 @@ class Conversations:
         )
         talk = _Talk(ask, request.body, choice, exchange, client, record)
         try:
-            verdict = await self._carry_out(talk)
+            verdict = await self._in_turn(talk, priority)
         finally:
             record.usage, record.first_content = exchange.usage, exchange.first_content
         request.ctx.spent = verdict.spent
@@ -194,6 +199,30 @@ class Conversations:
             talk.heirs = self._choose(replace(talk.ask, model=origin.model, begun=True))
             able = heirs(fleet, talk.heirs.ranked, origin)
         return Look(self._clock(), seats(fleet, talk.choice.ranked), able)
+
+    async def _in_turn(self, talk: _Talk, priority: Priority) -> Verdict:
+        """Wait until a node has room, and then take the steps of the plan."""
+        visit = Visit(
+            talk.record.model or talk.ask.model,
+            talk.ask.key.name,
+            priority,
+            deadline=talk.exchange.deadline,
+            choice=talk.choice,
+            rank=lambda: self._choose(talk.ask),
+            beat=lambda: self._keep_awake(talk),
+        )
+        try:
+            async with self._waiting.turn(visit) as turn:
+                talk.turn, talk.choice = turn, turn.choice
+                talk.record.queued, talk.record.route = turn.waited, turn.choice.why
+                self._metrics.queued.labels(visit.model).observe(turn.waited)
+                self._metrics.routed.labels(turn.choice.policy, turn.choice.reason).inc()
+                return await self._carry_out(talk)
+        except TurnedAway as error:
+            self._metrics.turned_away.labels(visit.model, error.reason).inc()
+            return Verdict(error=error)
+        except DeadlineExceeded as error:
+            return Verdict(error=error)
 
     async def _carry_out(self, talk: _Talk) -> Verdict:
         """Take the steps of the plan, until it knows what to answer."""
@@ -218,11 +247,14 @@ class Conversations:
                 return verdict
 
     async def _wait(self, seconds: float, talk: _Talk) -> None:
-        exchange, client = talk.exchange, talk.client
         await asyncio.sleep(seconds)
-        now = self._clock()
-        if exchange.stream and now - exchange.sent >= KEEPALIVE_S:
-            exchange.sent = now
+        if self._clock() - talk.exchange.sent >= KEEPALIVE_S:
+            await self._keep_awake(talk)
+
+    async def _keep_awake(self, talk: _Talk) -> None:
+        exchange, client = talk.exchange, talk.client
+        if exchange.stream:
+            exchange.sent = self._clock()
             if not client.begun:
                 await client.begin(200, _EVENT_STREAM)
             await client.send(sse.KEEPALIVE)
@@ -242,6 +274,9 @@ class Conversations:
 
     async def _attempt(self, step: Try, talk: _Talk) -> Outcome:
         name, exchange = step.node, talk.exchange
+        if talk.turn:
+            # From here on the request itself is counted where it is.
+            talk.turn.begin()
         node = self._view.fleet.nodes.get(name)
         if node is None:
             return Outcome(Kind.UNREACHABLE, detail="it is no longer listed")

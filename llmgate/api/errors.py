@@ -11,7 +11,15 @@ from sanic.response import BaseHTTPResponse, json
 
 from llmgate.api.door import request_id
 from llmnode.wire import headers as names
-from llmnode.wire.errors import ApiError, BodyTooLarge, InvalidRequest, MethodNotAllowed, NotFound, Overloaded
+from llmnode.wire.errors import (
+    ApiError,
+    BodyTooLarge,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    Overloaded,
+    RequestTooSlow,
+)
 
 log = logging.getLogger("llmgate.api")
 
@@ -54,6 +62,8 @@ def translate(error: SanicException, request: Request, body_limit_bytes: int) ->
         return NotFound(f"there is no {request.method} {request.path} here")
     if status == 405:
         return MethodNotAllowed(f"{request.path} does not take {request.method}")
+    if status == 408:
+        return RequestTooSlow(str(error))
     if status == 413:
         return BodyTooLarge(f"the request body is larger than {body_limit_bytes} bytes")
     if status == 503:

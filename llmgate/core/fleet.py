@@ -65,6 +65,7 @@ class Node:
     seen: when the last good report came; None before the first.
     in_flight: requests of this gate there, from dispatch to the last body byte.
     counted: what `in_flight` was when the report came, so that work the report already counts is not counted twice.
+    kept: places for requests that are about to be dispatched.
     turn: the fleet's dispatch number when this node last got work; 0 for never.
     held: blocks of prefix chains that it holds, by its last report; without those that answers have proved wrong since.
     sent: what went there lately (prediction.py).
@@ -79,6 +80,7 @@ class Node:
     health: Health = field(default_factory=Health)
     in_flight: int = 0
     counted: int = 0
+    kept: int = 0
     turn: int = 0
     lease: Lease | None = None
     held: frozenset[int] = frozenset()
@@ -95,11 +97,11 @@ class Node:
 
     @property
     def busy(self) -> int:
-        """Requests running or waiting there: those it reported, and those dispatched since."""
+        """Requests running or waiting there: those it reported, those dispatched since, and those about to be."""
         if self.report is None:
-            return self.in_flight
+            return self.in_flight + self.kept
         reported = self.report.load.running + self.report.load.waiting
-        return max(self.in_flight, reported + self.in_flight - self.counted)
+        return max(self.in_flight, reported + self.in_flight - self.counted) + self.kept
 
     @property
     def backlog(self) -> int:
@@ -186,6 +188,20 @@ class Lost:
 
 
 @dataclass(frozen=True)
+class Kept:
+    """A place at the node is kept for a request of this gate that has its turn."""
+
+    name: str
+
+
+@dataclass(frozen=True)
+class Released:
+    """Such a place is kept no longer: the request is being dispatched, or its client has left."""
+
+    name: str
+
+
+@dataclass(frozen=True)
 class Dispatched:
     """A request of this gate went to the node, and what it brings there where that was counted."""
 
@@ -226,7 +242,7 @@ class Leased:
     leases: tuple[Lease, ...]
 
 
-Event = Listed | Reported | Missed | Lost | Dispatched | Finished | Attempted | Leased
+Event = Listed | Reported | Missed | Lost | Kept | Released | Dispatched | Finished | Attempted | Leased
 
 
 @dataclass(frozen=True)
@@ -251,6 +267,10 @@ class Fleet:
         if node is None:
             return self
         turns = self.turns
+        if isinstance(event, Kept):
+            return self._with(dataclasses.replace(node, kept=node.kept + 1))
+        if isinstance(event, Released):
+            return self._with(dataclasses.replace(node, kept=max(0, node.kept - 1)))
         if isinstance(event, Finished):
             return self._with(_finished(node, event))
         if isinstance(event, Reported):
@@ -398,9 +418,16 @@ class View:
     def __init__(self, fleet: Fleet | None = None, moved: Callable[[Node], None] | None = None) -> None:
         self.fleet = fleet or Fleet()
         self._moved = moved
+        self._followers: list[Callable[[Event], None]] = []
+
+    def follow(self, follower: Callable[[Event], None]) -> None:
+        """Call `follower` after each event, within `apply`: it should do no more than take note."""
+        self._followers.append(follower)
 
     def apply(self, event: Event) -> None:
         before, self.fleet = self.fleet, self.fleet.apply(event)
+        for follower in self._followers:
+            follower(event)
         if self._moved is None:
             return
         for node in self.fleet.nodes.values():

@@ -12,7 +12,9 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
-from llmnode.wire.errors import Forbidden, Unauthorized
+from llmgate.core.queue import Priority
+from llmnode.wire import headers as names
+from llmnode.wire.errors import Forbidden, InvalidRequest, Unauthorized
 
 PREFIX = "sk-llmrack-"
 SECRET_BYTES = 24
@@ -24,7 +26,10 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 
 @dataclass(frozen=True)
 class Key:
-    """One API key as stored. `models` empty means all of them; times in seconds since the epoch."""
+    """One API key as stored. `models` empty means all of them; times in seconds since the epoch.
+
+    priority: of its requests, where they do not ask for a lower one.
+    """
 
     name: str
     digest: str
@@ -32,6 +37,7 @@ class Key:
     models: tuple[str, ...] = ()
     created: float = 0.0
     revoked: float | None = None
+    priority: Priority = Priority.NORMAL
 
     def may_use(self, *names: str) -> bool:
         """Whether the key's list has one of the names (a model's id, or the alias it was asked by)."""
@@ -105,6 +111,23 @@ def require_model(key: Key, asked: str, model_id: str) -> None:
             param="model",
             code="model_not_allowed",
         )
+
+
+def priority(key: Key, asked: str | None) -> Priority:
+    """The priority of a request that asks for one in its header, or for none. Raises InvalidRequest or Forbidden."""
+    if not asked:
+        return key.priority
+    try:
+        wanted = Priority.of(asked.strip().lower())
+    except ValueError as error:
+        raise InvalidRequest(f"{names.PRIORITY} {error}", param=names.PRIORITY) from None
+    if wanted < key.priority:
+        raise Forbidden(
+            f"this key may ask for {key.priority.word} priority at most, not {wanted.word}",
+            param=names.PRIORITY,
+            code="priority_not_allowed",
+        )
+    return wanted
 
 
 def require_admin(key: Key) -> None:

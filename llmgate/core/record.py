@@ -19,6 +19,7 @@ MOST_ATTEMPTS = 50
 class Record:
     """Clock readings and durations in seconds. `end`: in one word how it ended.
 
+    queued: how long it waited for a node with room; None when it did not get that far.
     predicted: prompt tokens that the last node tried was thought to hold.
     first_content: when the client, or the gate for an answer that is not streamed, got the first of it.
     """
@@ -33,6 +34,7 @@ class Record:
     status: int = 500
     end: str = "failed"
     route: str = ""
+    queued: float | None = None
     predicted: int | None = None
     attempts: list[dict[str, Any]] = field(default_factory=list)
     usage: Usage | None = None
@@ -70,6 +72,7 @@ class Record:
             "predicted_cached_tokens": self.predicted,
             "completion_tokens": usage.completion_tokens if usage else None,
             "time_to_first_token_seconds": None if first is None else round(first - self.arrived, 4),
+            "queued_seconds": None if self.queued is None else round(self.queued, 4),
             "duration_seconds": round(now - self.arrived, 4),
             "attempts": self.attempts,
             "route": self.route,

@@ -13,7 +13,15 @@ from sanic.exceptions import SanicException
 from sanic.handlers import ErrorHandler
 from sanic.response import HTTPResponse, json
 
-from llmnode.wire.errors import ApiError, BodyTooLarge, DeadlineExceeded, InvalidRequest, MethodNotAllowed, NotFound
+from llmnode.wire.errors import (
+    ApiError,
+    BodyTooLarge,
+    DeadlineExceeded,
+    InvalidRequest,
+    MethodNotAllowed,
+    NotFound,
+    RequestTooSlow,
+)
 
 log = logging.getLogger("llmnode.api")
 
@@ -48,6 +56,8 @@ class Errors(ErrorHandler):
             allowed = ", ".join(sorted(getattr(exception, "allowed_methods", None) or ()))
             hint = f"; allowed: {allowed}" if allowed else ""
             return MethodNotAllowed(f"{request.path} does not take {request.method}{hint}")
+        if status == 408:
+            return RequestTooSlow(str(exception))
         if status == 413:
             return BodyTooLarge(f"the body or header is over its limit; a body may have {self._body_limit_bytes} bytes")
         if status == 503:

@@ -104,6 +104,14 @@ class Conflict(ApiError):
     code = "conflict"
 
 
+class RequestTooSlow(ApiError):
+    """408: the request had not arrived in the time given for it."""
+
+    status = 408
+    type = "invalid_request_error"
+    code = "request_timeout"
+
+
 class BodyTooLarge(ApiError):
     """413."""
 

@@ -19,5 +19,8 @@ RESUMABLE = "x-llmrack-resumable"
 """Request, gate to node: `wire.resume.Fixed`. The node answers as an event stream with commit markers.
 Response, node to gate: the version of the resume format, where the answer has markers."""
 
+PRIORITY = "x-llmrack-priority"
+"""Request, client to gate: "high", "normal" or "low", how soon it wants its turn; not above its key's own."""
+
 DEADLINE_MS = "x-llmrack-deadline-ms"
 """Request, gate to node: milliseconds that are left for the answer; the node takes the shorter of this and its own."""

@@ -40,8 +40,8 @@ class MockNode:
     requests: every POST seen: {"path", "headers", "body"}.
     usage: what it says that each answer cost.
     open: streams running now.   closed: answers that the gate hung up on.   sent_bytes: of streams, taken by the gate.
-    hold: while set, a POST is not looked at, a poll is not answered, and a stream with the fault "wait" stays at its
-          second word.
+    hold: while set, a POST is not looked at, a poll is not answered, and a stream with the fault "wait", or "drip" that
+          sends each byte by itself, stays at its second word.
     """
 
     def __init__(
@@ -220,7 +220,7 @@ class MockNode:
                     raise _HangUp
                 if fault == "stall_mid_stream" and number == 2:
                     await self._until_closed(reader)
-                if fault == "wait" and number == 2:
+                if fault in ("wait", "drip") and number == 2:
                     await self._held("stream")
                 if fault == "endless":
                     await asyncio.sleep(0.01)
@@ -317,8 +317,10 @@ class MockNode:
     async def _chunk(self, writer: asyncio.StreamWriter, data: bytes) -> None:
         if writer.transport.is_closing():
             raise ConnectionResetError
-        writer.write(b"%x\r\n%s\r\n" % (len(data), data))
-        await writer.drain()
+        written = b"%x\r\n%s\r\n" % (len(data), data)
+        for part in map(bytes, zip(written)) if self.fault == "drip" else (written,):
+            writer.write(part)
+            await writer.drain()
         self.sent_bytes += len(data)
 
     async def _until_closed(self, reader: asyncio.StreamReader) -> None:

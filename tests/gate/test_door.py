@@ -223,6 +223,9 @@ def test_key_commands_converge_for_a_playbook(gate: GateUnderTest) -> None:
     assert gate.cli(*create).stdout == "created\n"
     assert gate.cli(*create, "--if-absent").stdout == "unchanged\n"
     assert gate.cli(*create, "--if-absent", "--admin").stdout == "updated\n"
+    assert gate.cli(*create, "--if-absent", "--admin", "--priority", "low").stdout == "updated\n"
+    assert gate.cli(*create, "--if-absent", "--admin", "--priority", "low").stdout == "unchanged\n"
+    assert gate.cli(*create, "--priority", "urgent").returncode == 2
     again = gate.cli(*create)
     assert again.returncode == 1
     assert "robot" in again.stderr
@@ -241,7 +244,9 @@ def test_key_commands_converge_for_a_playbook(gate: GateUnderTest) -> None:
     assert (piped.stdout, piped.returncode) == ("created\n", 0)
     assert gate.cli("keys", "revoke", "piped").returncode == 0
     listed = json.loads(gate.cli("keys", "list", "--json").stdout)
-    assert [(key["name"], key["admin"], key["revoked"]) for key in listed][:1] == [("robot", True, None)]
+    assert [(key["name"], key["admin"], key["priority"], key["revoked"]) for key in listed][:1] == [
+        ("robot", True, "low", None)
+    ]
     assert gate.cli("keys", "revoke", "robot").returncode == 0
     assert gate.cli("keys", "revoke", "robot").returncode == 1
     assert "revoked" in gate.cli("keys", "list").stdout

@@ -93,11 +93,11 @@ def metric(node: Program, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
-@pytest.mark.parametrize("stream", [True, False])
-def test_a_client_that_leaves_frees_its_slot(start: Start, stream: bool) -> None:
+@pytest.mark.parametrize(("stream", "size"), [(True, 0), (False, 0), (False, 4_000_000)])
+def test_a_client_that_leaves_frees_its_slot(start: Start, stream: bool, size: int) -> None:
     node = start("llmnode", *SLOW, "--slots", "1").ready()
     with socket.create_connection(("127.0.0.1", node.port)) as raw:
-        body = json.dumps({**ENDLESS, "stream": stream}).encode()
+        body = json.dumps({**ENDLESS, "stream": stream, "padding": "x" * size}).encode()
         head = b"POST /v1/chat/completions HTTP/1.1\r\nhost: x\r\ncontent-length: %d\r\n\r\n" % len(body)
         raw.sendall(head + body)
         wait_for(lambda: report(node).load.running == 1, "the request to run")

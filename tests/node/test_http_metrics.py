@@ -64,7 +64,7 @@ def node_page(stats: Stats | None = None) -> bytes:
 
 def gate_page() -> bytes:
     fleet = Fleet().apply(Listed((Address("a", "http://a"),)))
-    metrics = GateMetrics(lambda: fleet, lambda: 0.0, 3.0)
+    metrics = GateMetrics(lambda: fleet, lambda: {"tiny": 1}, lambda: 0.0, 3.0)
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             metric.labels(*["x"] * len(metric._labelnames))
