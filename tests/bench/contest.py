@@ -43,7 +43,7 @@ def take_turns(row: Contest, size: str, ours: str, turn: Turn, pairs: int, spare
         runs = {side: turn(side, seed) for side in order}
         seed += 1
         pair = (runs[ours], runs[row.rival])
-        say(f"{row.name} {size}, pair {len(taken) + 1} of {pairs}: {_glance(row, pair)}")
+        say(f"{' '.join((row.name, size)).strip()}, pair {len(taken) + 1} of {pairs}: {_glance(row, pair)}")
         if spare > 0 and any(run.disturbed for run in pair):
             spare -= 1
             say(f"other programs used {max(run.others for run in pair):.2f} cores meanwhile: once more")
