@@ -40,8 +40,8 @@ NODE = {
 }  # fmt: skip
 """5,120 cells: about four of the eight system prompts below, with their chats. What leaves the cache is gone."""
 
-SHARED = Chats(groups=8, chats=3, turns=5, system_tokens=1000, user_tokens=24, answer_tokens=16, clients=8)
-UNSHARED = Chats(groups=96, chats=1, turns=1, system_tokens=0, user_tokens=600, answer_tokens=16, clients=8)
+SHARED = Chats(groups=8, chats=4, turns=5, system_tokens=1000, user_tokens=24, answer_tokens=16, clients=6)
+UNSHARED = Chats(groups=96, chats=1, turns=1, system_tokens=0, user_tokens=600, answer_tokens=16, clients=6)
 
 
 @dataclass(frozen=True)
