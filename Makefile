@@ -11,7 +11,7 @@ LAB    := $(BIN)/python tests/lab/lab.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model model-exam demo test test-fast lint format docs lock bench-node soak lab-up lab-deploy lab-down clean
+.PHONY: help setup model model-exam demo test test-fast lint format docs lock bench-node bench-gate bench-routing soak chaos lab-up lab-deploy lab-down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -50,8 +50,17 @@ lock: ## resolve the dependencies anew (needs uv)
 bench-node: $(STAMPS)/all ## llmnode beside its rivals, built from the pinned source; writes out/bench-node.json
 	@$(BIN)/python -m tests.bench.node $(BENCH)
 
+bench-gate: $(STAMPS)/all ## llmgate beside nginx and LiteLLM's proxy; writes out/bench-gate.json
+	@$(BIN)/python -m tests.bench.gate $(BENCH)
+
+bench-routing: $(STAMPS)/all ## routing policies beside each other, over four real nodes; writes out/bench-routing.json
+	@$(BIN)/python -m tests.bench.routing $(BENCH)
+
 soak: $(STAMPS)/all ## 2,000 mixed requests against one node, and what they leave behind: nothing
 	@$(BIN)/python -m tests.soak.soak $(SOAK)
+
+chaos: $(STAMPS)/all ## 200 streams while nodes are killed, stopped and drained and gates restarted: none is lost
+	@$(BIN)/python -m tests.chaos.chaos $(CHAOS)
 
 model: ## train the handbook model from scratch (PyTorch, in a virtual environment of its own), then examine it
 	@test -x .venv-train/bin/python || $(PYTHON) -m venv .venv-train

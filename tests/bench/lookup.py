@@ -18,7 +18,7 @@ from llmnode.engine import llama
 from llmnode.engine.backend import Chunk
 from llmnode.engine.loop import Engine, Limits
 from llmnode.engine.types import Ask, Done, Event, Failed, Sampling, Text
-from tests.bench.scenarios import TOKENS_PER_S, Figures
+from tests.bench.figures import TOKENS_PER_S, Figures
 from tests.bench.servers import Room
 
 if TYPE_CHECKING:

@@ -8,22 +8,11 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from tests.bench.scenarios import (
-    COMPLETED,
-    FIRST_TOKEN,
-    GAP_MAX,
-    GAP_P99,
-    TOKENS_PER_S,
-    Arrivals,
-    Crowd,
-    Scenario,
-    SecondTime,
-    SharedPrefix,
-    Throughput,
-)
-from tests.bench.servers import LLAMA_SERVER, PYTHON_SERVER, Room
+from tests.bench.figures import COMPLETED, FIRST_TOKEN, GAP_MAX, GAP_P99, PEAK, TOKENS_PER_S, Bar
+from tests.bench.report import Board
+from tests.bench.scenarios import Arrivals, Crowd, Scenario, SecondTime, SharedPrefix, Throughput
+from tests.bench.servers import LLAMA_SERVER, OURS, PYTHON_SERVER, Room
 
-PEAK = "peak memory, MiB"
 WITHOUT_LOOKUP = "llmnode without prompt lookup"
 GIB = 1 << 30
 
@@ -34,19 +23,6 @@ lookup on, a throughput would tell of that and not of the server. Beside a rival
 
 SMALL_CACHE = 256
 """MiB of host RAM for prompts that left the cache, on both sides, where memory itself is measured."""
-
-
-@dataclass(frozen=True)
-class Bar:
-    """What figure would do: our median over the rival's, `at_least` or `at_most`.
-
-    plus: added to the rival's share, in the figure's own unit.     count: our worst figure itself, not a ratio.
-    """
-
-    at_least: float | None = None
-    at_most: float | None = None
-    plus: float = 0.0
-    count: bool = False
 
 
 @dataclass(frozen=True)
@@ -69,6 +45,9 @@ class Row:
     theirs: Mapping[str, str] = field(default_factory=dict)
     standard: tuple[str, ...] = ("15m", "500m")
     in_process: bool = False
+
+    def bar(self, size: str, figure: str) -> Bar | None:
+        return self.bars.get(size, {}).get(figure)
 
 
 def _throughput(
@@ -165,3 +144,5 @@ ROWS = (
         in_process=True,
     ),
 )
+
+BOARD = Board("bench-node", ROWS, OURS, sized=True)

@@ -8,22 +8,15 @@ another seed shares nothing with it, so that no pair gains from the one before.
 from __future__ import annotations
 
 import asyncio
-import math
 import statistics
 import time
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 
+from tests.bench.figures import COMPLETED, FIRST_TOKEN, GAP_MAX, GAP_P99, TOKENS_PER_S, Figures, percentile
 from tests.bench.load import Answer, Client, Words
 
-Figures = Mapping[str, float]
 Scenario = Callable[[Client, Words, int], Awaitable[Figures]]
-
-TOKENS_PER_S = "tokens/s"
-FIRST_TOKEN = "time to first token, p50"
-GAP_P99 = "stall, p99"
-GAP_MAX = "stall, longest"
-COMPLETED = "complete answers"
 
 
 @dataclass(frozen=True)
@@ -179,9 +172,3 @@ def _speed(answers: Sequence[Answer], took: float) -> Figures:
 def _part_after(answer: Answer, moment: float) -> float:
     """Which part of a stream's reads came after `moment`: of its tokens the same, as nearly as can be told."""
     return sum(arrival > moment for arrival in answer.arrivals) / len(answer.arrivals)
-
-
-def percentile(values: Sequence[float], percent: float) -> float:
-    """The smallest value that at least `percent` of 100 do not exceed (nearest rank)."""
-    ordered = sorted(values)
-    return ordered[max(0, math.ceil(len(ordered) * percent / 100) - 1)]

@@ -7,6 +7,7 @@ else is its own default, but for the flags that a scenario names. Refuses to kno
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 import signal
 import subprocess
@@ -47,15 +48,38 @@ class Room:
 
 
 class Server:
-    """One running server, ended when the `with` block ends."""
+    """One running server with the processes that it starts, ended when the `with` block ends.
 
-    def __init__(self, name: str, command: list[str], port: int, folder: Path, ready: str) -> None:
-        self.name, self.url, self.log = name, f"http://127.0.0.1:{port}", folder / f"{name}-{port}.log"
-        self.command, self._ready = command, ready
+    ready: the path that answers 200 when it can be asked.      env: beside this process's own environment.
+    cores: those that it may run on, all where there is none.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: list[str],
+        port: int,
+        folder: Path,
+        ready: str,
+        *,
+        cores: frozenset[int] = frozenset(),
+        env: Mapping[str, str] | None = None,
+    ) -> None:
+        self.name, self.url = name, f"http://127.0.0.1:{port}"
+        self.log = folder / f"{name.replace(' ', '-')}-{port}.log"
+        self.command, self._ready, self._cores = command, ready, cores
+        self._env = None if env is None else {**os.environ, **env}
 
     def __enter__(self) -> Server:
         with self.log.open("wb") as out:
-            self.process = subprocess.Popen(self.command, stdout=out, stderr=out, stdin=subprocess.DEVNULL)
+            self.process = subprocess.Popen(
+                self.command,
+                stdout=out,
+                stderr=out,
+                stdin=subprocess.DEVNULL,
+                env=self._env,
+                preexec_fn=(lambda: os.sched_setaffinity(0, self._cores)) if self._cores else None,
+            )
         end = time.monotonic() + _START_S
         while True:
             if self.process.poll() is not None or time.monotonic() > end:
@@ -97,12 +121,20 @@ class Server:
         return {part: float(value) for part, value in _ENGINE_SECONDS.findall(text)}
 
     def cpu_s(self) -> float:
-        """Seconds of processor time that it has used. Raises SystemExit when it has ended."""
+        """Seconds of processor time that its processes have used. Raises SystemExit when it has ended."""
+        times = [process.cpu_times() for process in self._processes()]
+        return float(sum(spent.user + spent.system for spent in times))
+
+    def private_kib(self) -> float:
+        """Memory that its processes share with nobody, in KiB (unique set size)."""
+        return float(sum(process.memory_full_info().uss for process in self._processes())) / 1024
+
+    def _processes(self) -> list[psutil.Process]:
         try:
-            times = psutil.Process(self.process.pid).cpu_times()
+            first = psutil.Process(self.process.pid)
+            return [first, *first.children(recursive=True)]
         except psutil.NoSuchProcess:
             raise SystemExit(f"bench: {self.name} ended by itself:\n{self.last_words()}") from None
-        return float(times.user + times.system)
 
 
 def llmnode(model: Path, room: Room, threads: int, folder: Path, flags: Mapping[str, str]) -> Server:

@@ -9,10 +9,10 @@ from contextlib import contextmanager
 import pytest
 
 from tests.bench import node
+from tests.bench.figures import COMPLETED, FIRST_TOKEN, PEAK, TOKENS_PER_S, percentile
 from tests.bench.load import Stream
-from tests.bench.report import OTHERS_LIMIT, Result, Run, table
-from tests.bench.rows import PEAK, ROWS, Row
-from tests.bench.scenarios import COMPLETED, FIRST_TOKEN, TOKENS_PER_S, percentile
+from tests.bench.report import OTHERS_LIMIT, Result, Run
+from tests.bench.rows import BOARD, ROWS, Row
 from tests.bench.servers import OURS
 
 ROW = {row.name: row for row in ROWS}
@@ -112,8 +112,8 @@ def test_the_memory_bar_is_a_share_and_a_constant() -> None:
 
 def test_the_table_comes_back_from_the_file_as_it_was() -> None:
     found = [result("crowd", "15m", COMPLETED, (32, 0)), result("throughput-1", "15m", TOKENS_PER_S, (10, 9))]
-    again = [Result.parse(json.loads(json.dumps(one.json()))) for one in found]
-    assert table(again) == table(found)
+    again = [BOARD.parse(json.loads(json.dumps(one.json()))) for one in found]
+    assert BOARD.table(again) == BOARD.table(found)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=lambda row: row.name)

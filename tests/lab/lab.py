@@ -29,7 +29,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
@@ -270,28 +270,28 @@ def namespace_of(host: str) -> str:
     return f"llmrack-{host}"
 
 
-def build_network() -> None:
+def build_network(controller: str = CONTROLLER, hosts: Mapping[str, str] = ADDRESSES) -> None:
     """The controller's namespace with its bridge, and one namespace a host, joined by veth pairs."""
-    if CONTROLLER not in namespaces():
-        sh("ip", "netns", "add", CONTROLLER)
-        sh("ip", "-n", CONTROLLER, "link", "set", "lo", "up")
-        sh("ip", "-n", CONTROLLER, "link", "add", "bridge", "type", "bridge")
-        sh("ip", "-n", CONTROLLER, "addr", "add", CONTROLLER_ADDRESS, "dev", "bridge")
-        sh("ip", "-n", CONTROLLER, "link", "set", "bridge", "up")
-    for host, address in ADDRESSES.items():
+    if controller not in namespaces():
+        sh("ip", "netns", "add", controller)
+        sh("ip", "-n", controller, "link", "set", "lo", "up")
+        sh("ip", "-n", controller, "link", "add", "bridge", "type", "bridge")
+        sh("ip", "-n", controller, "addr", "add", CONTROLLER_ADDRESS, "dev", "bridge")
+        sh("ip", "-n", controller, "link", "set", "bridge", "up")
+    for host, address in hosts.items():
         own = namespace_of(host)
         if own in namespaces():
             continue
         sh("ip", "netns", "add", own)
-        sh("ip", "-n", CONTROLLER, "link", "add", host, "type", "veth", "peer", "name", "eth0", "netns", own)
-        sh("ip", "-n", CONTROLLER, "link", "set", host, "master", "bridge", "up")
+        sh("ip", "-n", controller, "link", "add", host, "type", "veth", "peer", "name", "eth0", "netns", own)
+        sh("ip", "-n", controller, "link", "set", host, "master", "bridge", "up")
         sh("ip", "-n", own, "addr", "add", f"{address}/24", "dev", "eth0")
         for link in ("lo", "eth0"):
             sh("ip", "-n", own, "link", "set", link, "up")
 
 
-def remove_network() -> None:
-    for name in (*map(namespace_of, ADDRESSES), CONTROLLER):
+def remove_network(controller: str = CONTROLLER, hosts: Mapping[str, str] = ADDRESSES) -> None:
+    for name in (*map(namespace_of, hosts), controller):
         if name in namespaces():
             sh("ip", "netns", "delete", name)
 

@@ -16,9 +16,9 @@ from llmnode.engine import llama
 from llmnode.engine.backend import BAD_BATCH, OK, Chunk, FatalEngineError, ModelLoadError
 from llmnode.engine.llama import LlamaBackend, LlamaOptions
 from llmnode.engine.loop import Limits
-from llmnode.engine.sampler import candidates, uniform
 from llmnode.engine.types import Ask, Finish, Sampling
 from tests.node.engine_rig import Answer, running, until
+from tests.rescoring import is_credible, is_credible_draw, rescored
 
 GREEDY = Sampling(temperature=0)
 
@@ -29,23 +29,6 @@ def scorer(tiny_model: Path) -> Iterator[LlamaBackend]:
     backend = llama.load(LlamaOptions(tiny_model, threads=1, slots=1, n_ctx=512))
     yield backend
     backend.close()
-
-
-def rescored(scorer: LlamaBackend, prompt: tuple[int, ...], ids: tuple[int, ...]) -> np.ndarray:
-    """The logits before each id of an answer, computed alone: shape (len(ids), n_vocab)."""
-    rows = []
-    assert scorer.decode([Chunk(0, 0, prompt, 1)]) == OK
-    for position, id in enumerate(ids):
-        rows.append(scorer.logits()[0].copy())
-        assert scorer.decode([Chunk(0, len(prompt) + position, [id], 1)]) == OK
-    assert scorer.seq_remove(0)
-    return np.stack(rows)
-
-
-def is_credible(rows: np.ndarray, ids: tuple[int, ...]) -> bool:
-    """Greedy ids: each within 0.5 logit of the best, and at least 95% the best itself."""
-    gaps = rows.max(axis=1) - rows[np.arange(len(ids)), list(ids)]
-    return bool(gaps.max() <= 0.5 and (gaps == 0).mean() >= 0.95)
 
 
 def answers_to(tiny_model: Path, asks: list[Ask], slots: int = 4) -> tuple[list[Answer], list[int]]:
@@ -90,16 +73,7 @@ def test_seeded_answers_of_a_mixed_batch_are_redraws_or_close(scorer: LlamaBacke
     answers, _ = answers_to(tiny_model, asks)
     for ask, answer in zip(asks, answers, strict=True):
         rows = rescored(scorer, ask.prompt, answer.ids)
-        for position, (row, id) in enumerate(zip(rows, answer.ids, strict=True)):
-            kept, _ = candidates(row, float(row.max()), ask.sampling)
-            assert kept is not None
-            assert row[id] > row[kept].min() - 0.5, "not even near the border of what may be drawn"
-            kept = np.union1d(kept, [id])
-            weights = np.exp((row[kept].astype(np.float64) - row.max()) / ask.sampling.temperature)
-            upper = np.cumsum(weights) / weights.sum()
-            at = int(np.flatnonzero(kept == id)[0])
-            lower = upper[at - 1] if at else 0.0
-            assert lower - 0.05 <= uniform(9, position) <= upper[at] + 0.05
+        assert is_credible_draw(rows, answer.ids, ask.sampling)
 
 
 def test_many_sequences_share_steps(tiny_model: Path, scorer: LlamaBackend) -> None:

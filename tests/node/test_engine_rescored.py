@@ -1,7 +1,7 @@
 """The engine at its hardest on the model that comes with llmrack: every answer is one that the model could have given.
 
 Shared prompts, a cache far too small, guesses, answers that were cut and go on elsewhere: each is scored again, alone,
-by the rule of test_engine_llama.py.
+by the rule of tests/rescoring.py.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from llmnode.engine.loop import Limits
 from llmnode.engine.types import Ask, Sampling
 from llmnode.settings import HANDBOOK
 from tests.node.engine_rig import Answer, running
-from tests.node.test_engine_llama import is_credible, rescored
+from tests.rescoring import is_credible, rescored
 
 GREEDY = Sampling(temperature=0)
 TOKENS = 80

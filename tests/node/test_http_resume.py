@@ -30,8 +30,8 @@ from llmnode.wire.node import Report
 from llmnode.wire.resume import Resume, read_marker
 from tests.conftest import Start
 from tests.node.stitching import FIXED, Heard, begun, envelope, heard, joined, opened, resumed
-from tests.node.test_engine_llama import is_credible, rescored
 from tests.processes import Program, wait_for
+from tests.rescoring import is_credible, rescored
 
 CHAT, COMPLETION, INFERENCE = "/v1/chat/completions", "/v1/completions", "/inference"
 ASKED = {"messages": [{"role": "user", "content": "Tell me of the fox and the hen"}], "max_tokens": 20, "stream": True}

@@ -1,0 +1,158 @@
+"""The table of rows of `make bench-gate`: what is sent through which two proxies, and what figure would do.
+
+Owns: traffic, figures and bars. Refuses to know: how a proxy is started and how a load is made.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from tests.bench.doors import LITELLM, NGINX, ONE_WORKER, OURS
+from tests.bench.figures import (
+    ADDED_P50,
+    ADDED_P99,
+    CPU_TIME,
+    REQUESTS_PER_S,
+    STREAM_KIB,
+    STREAMS_PER_S,
+    Bar,
+    Figures,
+)
+from tests.bench.report import Board
+from tests.bench.volley import Volley
+
+STRAIGHT = "straight to the upstream"
+HEADROOM = 1.5
+"""How much more the load must reach straight to the upstream than through any proxy: else it measures itself."""
+
+
+class Range(Protocol):
+    """Where a scenario fires: at the proxy that has its turn, or past it."""
+
+    def fire(self, *, straight: bool = False, **load: Any) -> Volley:
+        """Put a load (volley.Load without its address) on the proxy, or straight on the upstream. Raises RuntimeError
+        when one request was not answered well."""
+
+    def cpu_s(self) -> float:
+        """Processor time that the proxy has used so far, in seconds."""
+
+    def hold(self, streams: int) -> float:
+        """Memory of the proxy in KiB while so many streams are open, less what it was before."""
+
+
+class Scenario(Protocol):
+    def __call__(self, range: Range, seed: int) -> Figures: ...
+
+
+@dataclass(frozen=True)
+class Closed:
+    """`connections` clients, each asking again as soon as it is answered: answers a second, and what each cost."""
+
+    stream: bool
+    connections: int = 64
+    seconds: float = 4.0
+    straight_s: float = 1.0
+
+    def __call__(self, range: Range, seed: int) -> Figures:
+        load: dict[str, Any] = {"stream": self.stream, "connections": self.connections, "seed": seed}
+        straight = range.fire(straight=True, seconds=self.straight_s, **load)
+        range.fire(seconds=self.straight_s, **load)  # connections are open and code is warm
+        before = range.cpu_s()
+        volley = range.fire(seconds=self.seconds, **load)
+        spent = range.cpu_s() - before
+        if straight.per_s < HEADROOM * volley.per_s:
+            raise RuntimeError(f"the load reaches {straight.per_s:.0f}/s straight and {volley.per_s:.0f}/s through")
+        return {
+            STREAMS_PER_S if self.stream else REQUESTS_PER_S: volley.per_s,
+            CPU_TIME: spent / volley.answered,
+            STRAIGHT: straight.per_s,
+            "first byte, p99": volley.first_byte["p99"],
+            "latency, p99": volley.latency["p99"],
+            "connections closed by the proxy": volley.reopened,
+        }
+
+
+@dataclass(frozen=True)
+class Open:
+    """`rate` requests a second, whatever comes back: how much later answers come than straight from the upstream, of
+    the same requests at the same moments."""
+
+    rate: float
+    seconds: float = 6.0
+
+    def __call__(self, range: Range, seed: int) -> Figures:
+        load: dict[str, Any] = {"stream": False, "rate": self.rate, "seconds": self.seconds, "seed": seed}
+        range.fire(**{**load, "seconds": 1.0})
+        straight, volley = range.fire(straight=True, **load), range.fire(**load)
+        return {
+            ADDED_P50: volley.latency["p50"] - straight.latency["p50"],
+            ADDED_P99: volley.latency["p99"] - straight.latency["p99"],
+            STRAIGHT: straight.latency["p99"],
+        }
+
+
+@dataclass(frozen=True)
+class Held:
+    """Streams that stay open after their first chunk: what each takes of the memory of a proxy that has not had so many
+    before. What it keeps of them afterwards is nobody's any more, so each turn needs a fresh one."""
+
+    streams: int = 128
+    warm_up: int = 8
+
+    def __call__(self, range: Range, seed: int) -> Figures:
+        range.hold(self.warm_up)  # code and pools that are there once
+        return {STREAM_KIB: range.hold(self.streams) / self.streams}
+
+
+@dataclass(frozen=True)
+class Row:
+    """bars: by figure; figures without one are shown beside them.      ours: flags of our side.
+
+    fresh: whether each turn begins with a proxy that has done nothing yet.
+    """
+
+    name: str
+    title: str
+    scenario: Scenario
+    figures: tuple[str, ...]
+    rival: str = NGINX
+    bars: Mapping[str, Bar] = field(default_factory=dict)
+    ours: Mapping[str, str] = field(default_factory=dict)
+    fresh: bool = False
+
+    def bar(self, size: str, figure: str) -> Bar | None:
+        return self.bars.get(figure)
+
+
+_STREAMS, _JSON = "streams of 50 chunks, 64 connections", "JSON, 64 connections"
+_OPEN = "JSON, open loop at {:g} requests/s"
+LITELLM_RATE = 30.0
+"""Requests a second: a third of what LiteLLM's proxy reached at most on the machine of the figures."""
+MANY_CORES = 4
+"""From here on two workers have cores of their own."""
+
+ROWS = (
+    Row("streams", f"{_STREAMS}, beside nginx", Closed(stream=True), (STREAMS_PER_S, CPU_TIME),
+        bars={STREAMS_PER_S: Bar(at_least=0.75)}),
+    Row("streams-litellm", f"{_STREAMS}, beside LiteLLM", Closed(stream=True), (STREAMS_PER_S, CPU_TIME), LITELLM,
+        {STREAMS_PER_S: Bar(at_least=15)}),
+    Row("json", f"{_JSON}, beside nginx", Closed(stream=False), (REQUESTS_PER_S, CPU_TIME),
+        bars={REQUESTS_PER_S: Bar(at_least=0.25)}),
+    Row("json-litellm", f"{_JSON}, beside LiteLLM", Closed(stream=False), (REQUESTS_PER_S, CPU_TIME), LITELLM,
+        {REQUESTS_PER_S: Bar(at_least=15)}),
+    Row("latency", f"{_OPEN.format(200)}, beside nginx", Open(200), (ADDED_P99, ADDED_P50),
+        bars={ADDED_P99: Bar(at_most=0.005, own=True)}),
+    Row("latency-litellm", f"{_OPEN.format(LITELLM_RATE)}, beside LiteLLM", Open(LITELLM_RATE), (ADDED_P99, ADDED_P50),
+        LITELLM, {ADDED_P99: Bar(at_most=1.0)}),
+    Row("workers", f"{_JSON}, two workers beside one", Closed(stream=False), (CPU_TIME, REQUESTS_PER_S), ONE_WORKER,
+        {CPU_TIME: Bar(at_most=1.15)}
+        | ({REQUESTS_PER_S: Bar(at_least=1.7)} if (os.cpu_count() or 1) >= MANY_CORES else {}),
+        {"workers": "2"}),
+    Row("memory", "128 open streams, beside nginx", Held(), (STREAM_KIB,), fresh=True),
+    Row("memory-litellm", "128 open streams, beside LiteLLM", Held(), (STREAM_KIB,), LITELLM, fresh=True),
+)  # fmt: skip
+
+BOARD = Board("bench-gate", ROWS, OURS)
