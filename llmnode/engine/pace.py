@@ -17,8 +17,9 @@ _FADE = 0.98
 _SLOPE = 0.2
 """What one token more is taken to cost before it was measured, as a share of a step of one token: between the 0.12 to
 0.37 of small models on two cores and the few hundredths of a GPU."""
-_TILE = 64
-_WHOLE = _TILE + 1
+TILE = 64
+"""Tokens of a prompt that llama.cpp's attention on CPUs takes at once."""
+_WHOLE = TILE + 1
 """Tokens of a prompt from which llama.cpp's attention on CPUs takes tiles and not rows: with 2,048 tokens of context,
 63 of them took 506 ms and 64 took 34 (15M model, heads of 48 values); one more, since a parted cache computes the first
 one beside the running answers. So this many are computed although they stall running answers up to _STRETCH times too
@@ -80,7 +81,7 @@ class Pace:
         first = flat + deep * start
         fits = int(2 * self._stall_s / (first + math.sqrt(first * first + 2 * deep * self._stall_s)))
         if fits >= _WHOLE:
-            fits = (fits - 1) // _TILE * _TILE + 1  # part of a tile takes as long as a whole one
+            fits = (fits - 1) // TILE * TILE + 1  # part of a tile takes as long as a whole one
         elif _WHOLE * (first + deep * _WHOLE / 2) < _STRETCH * self._stall_s:
             fits = _WHOLE
         return max(1, min(most, fits))

@@ -16,7 +16,7 @@ it a new prompt, an answer begun elsewhere, or one that had to give way and is c
    first: a long prompt never holds back a short one, and of two long ones the first is answered after half the time
    that both would take side by side. A quarter is kept for the one that has waited longest, so that none is passed for
    ever: of every step in a unified cache, and every fourth step in a parted one, where parts of two prompts in one step
-   would each be too small for the fast kernel (_TILE).
+   would each be too small for the fast kernel (_LEAST).
 4. When cells run out after all, the sequence that is cheapest to bring back gives way, for what it frees, and goes to
    the head of the queue. The oldest never does: so there is always one that gets to its end, and then the next.
 """
@@ -30,12 +30,13 @@ from collections.abc import Sequence as Many
 from dataclasses import dataclass
 
 from llmnode.engine.backend import Chunk, Room
+from llmnode.engine.pace import TILE
 from llmnode.engine.sequence import NOWHERE, Sequence
 
 _AHEAD = 32
 """Answer tokens that each running sequence is sure to have room for when another is admitted: below it, sequences
 would be swapped in and out again at once."""
-_TILE = 64
+_LEAST = TILE
 """Tokens that a prompt's last chunk has at least, where it has several: llama.cpp's attention on CPUs takes fewer rows
 one by one, and a tail of 40 tokens after 4,000 took 300 ms beside 8 answers, the 64 in its place 30 (15M model)."""
 _TURNS = 4
@@ -173,7 +174,7 @@ class Scheduler:
         unified, decoding = self.room.unified, len(chunks)
         kept = min(oldest.behind, max(1, budget // 4)) if unified else 0
         # The first pass over a parted batch takes one token of each sequence, so the next one has one less.
-        tile = _TILE if unified else _TILE + 1
+        tile = _LEAST if unified else _LEAST + 1
         for sequence in self._in_turn(prefilling, bounds.turn):
             if sequence is oldest:
                 kept = 0
