@@ -161,6 +161,39 @@ def test_the_units_are_locked_down_on_the_host(fleet: Fleet, host: str, unit: st
     assert on(host, f"stat -c %U /proc/$(systemctl show --value -p MainPID {unit})") == "llmrack"
 
 
+@pytest.mark.parametrize(
+    ("host", "unit", "state"), [("lab1", "llmgate", "llmgate"), ("lab2", "llmnode@main", "llmnode/main")]
+)
+def test_the_service_user_can_write_its_own_state_and_nothing_else(
+    fleet: Fleet, host: str, unit: str, state: str
+) -> None:
+    """Seen from inside of the service's own mounts, with its user; /proc, /sys and /dev have no files of a disk."""
+    inside = (
+        f"nsenter --mount --target $(systemctl show --value -p MainPID {unit}) setpriv --reuid llmrack --regid llmrack"
+    )
+    search = "find / -regex '/\\(proc\\|sys\\|dev\\)' -prune -o \\( -type d -o -type f \\) -writable -print"
+    writable = set(on(host, f"{inside} --clear-groups {search} 2>/dev/null || true").splitlines())
+    own = f"/var/lib/llmrack/{state}"
+    assert own in writable
+    assert not {path for path in writable if not f"{path}/".startswith((f"{own}/", "/tmp/", "/var/tmp/"))}
+
+
+def test_a_drop_in_of_the_operators_survives_and_is_read_last(fleet: Fleet) -> None:
+    place = "/etc/systemd/system/llmnode@main.service.d"
+    assert on("lab2", f"ls {place}") == "10-llmrack.conf"
+    on("lab2", f"printf '[Service]\\nNice=5\\n' > {place}/override.conf && systemctl daemon-reload")
+    assert changes(deploy("--limit", "lab2"))["lab2"] == 0
+    assert on("lab2", "systemctl show --value -p Nice llmnode@main") == "5"
+    assert on("lab2", "systemctl show --value -p Slice llmnode@main") == "llmrack.slice"
+    on("lab2", f"rm {place}/override.conf && systemctl daemon-reload")
+
+
+def test_preflight_finds_nothing_on_a_deployed_fleet_and_names_who_has_a_port(fleet: Fleet) -> None:
+    assert changes(play("preflight")) == {"lab1": 0, "lab2": 0, "lab3": 0}
+    refused = play("preflight", "-e", "llmgate_port=22", succeeds=False)
+    assert re.search(r"lab1: port 22 of llmgate is taken by ssh\S*", refused)
+
+
 def test_a_killed_node_comes_back_and_the_gate_notices_both_ways(fleet: Fleet) -> None:
     wait_for(fleet.all_usable, "both nodes to be usable")
     before = fleet.nodes()["lab2-main"]["boot"]

@@ -243,8 +243,8 @@ def _asked(**more: Any) -> dict[str, Any]:
         ],
         "memory": {"total": 64 * GIB},
     }  # fmt: skip
-    hosts = {"h": {"survey": survey, "declared": []}}
-    return {"models": {}, "groups": {"llmnode": ["h"], "rare": []}, "hosts": hosts, "before": [], **more}
+    asked = {"models": {}, "sizes": {}, "groups": {"llmnode": ["h"], "rare": []}, "before": [], "recall": False}
+    return {**asked, "surveys": {"h": survey}, "instances": {"h": []}, **more}
 
 
 def _say(asked: dict[str, Any]) -> dict[str, Any]:
@@ -266,20 +266,24 @@ def test_an_instance_is_bound_by_uuid_or_pci_address_and_keeps_what_was_said_of_
     ]
     assert all(instance["labels"] == {"zone": "a"} and instance["placed"] for instance in told["instances"]["h"])
     assert _say(_asked(models={"m": said}, before=told["placed"]))["placed"] == told["placed"]
+    # Another play, which looked at no host, is told the same; so is one that has been told before.
+    unseen = _asked(models={"m": said}, before=told["placed"], surveys={"h": {}}, recall=True)
+    assert _say(unseen)["instances"] == told["instances"]
+    assert _say({**unseen, "instances": told["instances"]})["instances"] == told["instances"]
 
 
 def test_what_is_wrong_with_the_settings_is_told_together() -> None:
-    models = {"m": {"replicas": -1, "vram": 3, "size": 1}, "n": {"hosts": ["rare", "nowhere"], "gpus": True}}
+    models = {"m": {"replicas": -1, "vram": 3, "vram_gib": 1}, "n": {"hosts": ["rare", "nowhere"], "gpus": True}}
     assert _say(_asked(models=models))["problems"] == [
         "llmnode_placement.m: replicas must be a whole number from 0, not -1",
         "llmnode_placement.m: it has no option vram",
         "llmnode_placement.n: gpus must be a whole number from 0, not True",
-        "llmnode_placement.n: vram_gib must be given: the size of its file is not known yet",
+        "llmnode_placement.n: vram_gib must be given: there is no file on the controller to reckon it from",
         "llmnode_placement.n: hosts: the inventory has no llmnode host or group rare",
         "llmnode_placement.n: hosts: the inventory has no llmnode host or group nowhere",
     ]
 
 
 def test_without_vram_gib_the_files_size_is_what_is_reckoned_with() -> None:
-    told = _say(_asked(models={"m": {"size": 30 * GIB}}))
+    told = _say(_asked(models={"m": None}, sizes={"m": 30 * GIB}))
     assert "one takes 1 GPUs with 37.0 GiB on each" in told["problems"][0]

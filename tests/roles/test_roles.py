@@ -17,6 +17,8 @@ import yaml
 from llmgate import listing
 from llmgate.core.crew import GRACE_S
 from llmgate.listing import Address, Canary, Listing, Route
+from tests.roles import hosts_on_file
+from tests.roles.test_survey import look
 
 ROOT = Path(__file__).resolve().parents[2]
 ROLES = sorted(path.name for path in (ROOT / "roles").iterdir() if path.is_dir())
@@ -64,7 +66,7 @@ def test_an_inventory_has_a_gate_and_instances_of_models_in_its_catalogue(invent
         assert {instance["model"] for instance in variables["llmnode_instances"]} <= set(variables["llmrack_models"])
 
 
-@pytest.mark.parametrize("playbook", [name for name in PLAYBOOKS if name != "preflight.yml"])
+@pytest.mark.parametrize("playbook", PLAYBOOKS)
 def test_an_inventory_without_a_gate_is_refused(playbook: str, tmp_path: Path) -> None:
     inventory = tmp_path / "hosts.yml"
     inventory.write_text("llmnode: {hosts: {nowhere.invalid: }}\n")
@@ -111,18 +113,43 @@ def test_an_unsupported_system_is_named(tmp_path: Path) -> None:
     facts = {"distribution": "Plan9", "distribution_version": "4", "distribution_major_version": "4"}
     said = _role(tmp_path, "llmrack_host", {"ansible_facts": facts}, gather=False)
     assert said.returncode != 0
-    assert "localhost runs Plan9 4; llmrack supports Debian 12 and 13, Ubuntu 22.04 and 24.04." in _flat(said.stdout)
+    assert "localhost runs Plan9 4; llmrack supports Debian 12 and 13, Ubuntu 22.04 and 24.04, and of RHEL" in _flat(
+        said.stdout
+    )
+
+
+FLEET = {
+    # Nothing is bound: an instance may open all of its vendor's devices, or none.
+    "none": ("none", None, {}),
+    "nvidia": ("nvidia", None, {}),
+    "amd": ("amd", None, {}),
+    # Bound to one GPU of those that the survey found.
+    "one-nvidia": ("none", hosts_on_file.TWO_NVIDIA, {"devices": ["GPU-00000001-aaaa-bbbb-cccc-000000000000"]}),
+    "one-amd": ("none", hosts_on_file.TWO_AMD, {"devices": ["0000:c1:00.0"]}),
+    "both-amd": ("none", hosts_on_file.TWO_AMD, {"devices": ["0000:c1:00.0", "0000:c6:00.0"]}),
+    "mig": ("none", hosts_on_file.MIG, {"devices": ["MIG-11111111-2222-3333-4444-555555555555"]}),
+    "mixed": ("none", hosts_on_file.BOTH, {"devices": ["0000:c1:00.0"]}),
+    "cpu-beside-gpus": ("nvidia", hosts_on_file.TWO_NVIDIA, {"n_gpu_layers": 0}),
+}
 
 
 @pytest.fixture(scope="module")
 def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder with every unit as Ansible renders it: gate/, and one for each kind of GPU."""
+    """A folder with every unit as Ansible renders it: gate/, and one for each kind of instance. There the unit has its
+    drop-in behind it, which is how systemd reads the two."""
     folder = tmp_path_factory.mktemp("units")
     tasks = []
-    for kind in ("none", "nvidia", "amd"):
+    for kind, (gpu, recording, settings) in FLEET.items():
         (folder / kind).mkdir()
-        for name in ("llmnode@.service", "llmrack-nvidia.service"):
-            tasks.append(_template("llmnode", name, folder / kind, {"llmnode_gpu": kind}))
+        variables: dict[str, Any] = {
+            "llmnode_gpu": gpu,
+            "llmrack_models": {"m": {}},
+            "item": {"name": "a", "model": "m", "port": 8100, "settings": settings},
+        }
+        if recording:
+            variables["llmrack_host_survey"] = look(recording, folder / kind / "host")
+        for name in ("llmnode@.service", "instance.conf", "llmrack-nvidia.service"):
+            tasks.append(_template("llmnode", name, folder / kind, variables))
     (folder / "gate").mkdir()
     for name in ("llmgate.service", "llmgate.socket"):
         tasks.append(_template("llmgate", name, folder / "gate", {"llmgate_started_with": {}}))
@@ -131,6 +158,10 @@ def units(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (folder / "play.yml").write_text(yaml.safe_dump([play]))
     rendered = ansible("ansible-playbook", "-i", "localhost,", "-c", "local", folder / "play.yml")
     assert rendered.returncode == 0, rendered.stdout + rendered.stderr
+    for kind in FLEET:
+        with (folder / kind / "llmnode@.service").open("a") as unit:
+            unit.write((folder / kind / "instance.conf").read_text())
+        (folder / kind / "instance.conf").unlink()
     return folder
 
 
@@ -138,9 +169,7 @@ needs_systemd = pytest.mark.skipif(not shutil.which("systemd-analyze"), reason="
 
 
 @needs_systemd
-@pytest.mark.parametrize(
-    "unit", ["gate/llmgate.service", "none/llmnode@.service", "nvidia/llmnode@.service", "amd/llmnode@.service"]
-)
+@pytest.mark.parametrize("unit", ["gate/llmgate.service", *(f"{kind}/llmnode@.service" for kind in FLEET)])
 def test_a_unit_is_hardly_exposed(units: Path, unit: str) -> None:
     told = _systemd("security", "--offline=true", "--no-pager", units / unit)
     score = re.search(r"exposure level for \S+: ([\d.]+)", told)
@@ -149,23 +178,56 @@ def test_a_unit_is_hardly_exposed(units: Path, unit: str) -> None:
 
 
 @needs_systemd
-@pytest.mark.parametrize("kind", ["none", "nvidia", "amd", "gate"])
+@pytest.mark.parametrize("kind", ["gate", *FLEET])
 def test_systemd_has_nothing_to_say_about_a_unit(units: Path, kind: str, tmp_path: Path) -> None:
     """Every line is known to systemd and says something it understands; only the programs are not there yet."""
-    for unit in (units / kind).iterdir():
+    for unit in (units / kind).glob("llm*"):
         text = re.sub(r"(/opt/llmrack/current/bin/llm\w+|/usr/bin/nvidia-\w+)", "/bin/true", unit.read_text())
         (tmp_path / unit.name.replace("@", "@a")).write_text(text)
     told = _systemd("verify", *tmp_path.iterdir())
     assert not [line for line in told.splitlines() if "llm" in line], told
 
 
-def test_only_instances_with_gpus_see_devices(units: Path) -> None:
-    assert "PrivateDevices=yes" in (units / "none/llmnode@.service").read_text()
-    nvidia = (units / "nvidia/llmnode@.service").read_text()
-    assert "PrivateDevices=no" in nvidia and "DevicePolicy=closed" in nvidia
-    for device in ("char-nvidia", "char-nvidia-frontend", "char-nvidia-caps", "/dev/nvidiactl", "/dev/nvidia-uvm"):
-        assert f"DeviceAllow={device} rw\n" in nvidia
-    assert "DeviceAllow=/dev/kfd rw\n" in (units / "amd/llmnode@.service").read_text()
+def _says(units: Path, kind: str, name: str) -> list[str]:
+    """Values of a line that may stand several times, in order."""
+    return re.findall(rf"^{name}=(.*)$", (units / kind / "llmnode@.service").read_text(), re.MULTILINE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "devices"),
+    [
+        ("none", []),
+        ("cpu-beside-gpus", []),
+        ("nvidia", ["/dev/nvidiactl", "/dev/nvidia-uvm", "char-nvidia", "char-nvidia-frontend", "char-nvidia-caps"]),
+        ("amd", ["/dev/kfd", "char-drm"]),
+        ("one-nvidia", ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia1"]),
+        ("mig", ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia0", "char-nvidia-caps"]),
+        ("one-amd", ["/dev/kfd", "/dev/dri/renderD128"]),
+        ("both-amd", ["/dev/kfd", "/dev/dri/renderD128", "/dev/dri/renderD129"]),
+        ("mixed", ["/dev/kfd", "/dev/dri/renderD128"]),
+    ],
+)
+def test_an_instance_may_open_the_devices_of_its_gpus_and_no_others(units: Path, kind: str, devices: list[str]) -> None:
+    assert _says(units, kind, "DeviceAllow") == [f"{device} rw" for device in devices]
+    assert _says(units, kind, "PrivateDevices")[-1] == ("no" if devices else "yes")
+    assert _says(units, kind, "MemoryDenyWriteExecute")[-1] == ("no" if devices else "yes")
+    assert _says(units, kind, "DevicePolicy") == (["closed"] if devices else [])
+    assert ("Requires=llmrack-nvidia.service" in (units / kind / "llmnode@.service").read_text()) == (
+        "/dev/nvidiactl" in devices
+    )
+
+
+def test_an_instance_runs_next_to_its_gpu(units: Path) -> None:
+    for kind, node in (("one-nvidia", "0"), ("one-amd", "0")):
+        assert _says(units, kind, "NUMAMask") == [node] and _says(units, kind, "CPUAffinity") == ["numa"]
+    # GPUs of several nodes, a node that the firmware does not tell, no GPU at all, a host with one node: no pinning.
+    for kind in ("both-amd", "none", "cpu-beside-gpus", "mig"):
+        assert _says(units, kind, "NUMAMask") == []
+
+
+def test_cuda_sees_no_gpu_that_the_unit_may_not_open(units: Path) -> None:
+    visible = [line for line in _says(units, "one-nvidia", "Environment") if "CUDA_VISIBLE" in line]
+    assert visible == ["CUDA_VISIBLE_DEVICES=GPU-00000001-aaaa-bbbb-cccc-000000000000"]
 
 
 def test_systemd_waits_longer_than_a_drain(units: Path) -> None:

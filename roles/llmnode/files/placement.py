@@ -19,7 +19,8 @@ The rules, in the order in which they win:
 
 A host that was not surveyed (it is off, or left out by --limit) keeps what it has and gets nothing new.
 
-`placement.py < asked.json` on the controller prints {"placed": [...], "moves": [...], "problems": [...]}.
+`placement.py < asked.json` on the controller prints the keys placed, instances (by host), moves and problems as JSON.
+With "recall" it only says what was chosen before.
 """
 
 from __future__ import annotations
@@ -280,27 +281,30 @@ def _gib(size: int) -> str:
     return f"{size / GIB:.1f} GiB"
 
 
-def read(asked: Mapping[str, Any]) -> tuple[list[Want], dict[str, Rack], list[Placed], list[str]]:
-    """What the role asks, as JSON: {models, groups, hosts, before}; the last of the four is what is wrong with it."""
-    racks = {host: _rack(said) for host, said in asked["hosts"].items()}
+def read(asked: Mapping[str, Any]) -> tuple[list[Want], dict[str, Rack], list[str]]:
+    """What the role asks (models, sizes, groups, surveys, instances). The last of the three: what is wrong with it."""
+    racks = {host: _rack(asked["surveys"][host], _declared(asked, host)) for host in asked["groups"]["llmnode"]}
     wants, problems = [], []
     for model, said in sorted(asked["models"].items()):
-        unknown = sorted(set(said) - {"replicas", "gpus", "vram_gib", "hosts", "settings", "labels", "weight", "size"})
-        need = float(said["vram_gib"]) * GIB if said.get("vram_gib") else _estimate(said.get("size"))
-        counts = [(key, said.get(key, 1), least) for key, least in (("replicas", 0), ("gpus", 0))]
-        wrong = [
-            f"{key} must be a whole number from {least}, not {n!r}" for key, n, least in counts if not _whole(n, least)
-        ]
+        said = said or {}
+        unknown = sorted(set(said) - {"replicas", "gpus", "vram_gib", "hosts", "settings", "labels", "weight"})
+        need = float(said["vram_gib"]) * GIB if said.get("vram_gib") else _estimate(asked["sizes"].get(model))
+        counts = [(key, said.get(key, 1)) for key in ("replicas", "gpus")]
+        wrong = [f"{key} must be a whole number from 0, not {count!r}" for key, count in counts if not _whole(count)]
         wrong += [f"it has no option {key}" for key in unknown]
         if need is None:
-            wrong.append("vram_gib must be given: the size of its file is not known yet")
+            wrong.append("vram_gib must be given: there is no file on the controller to reckon it from")
         places, missing = _hosts(said.get("hosts"), asked["groups"], racks)
         wrong += [f"hosts: the inventory has no llmnode host or group {name}" for name in missing]
         problems += [f"llmnode_placement.{model}: {what}" for what in wrong]
         if not wrong:
             wants.append(Want(model, said.get("replicas", 1), said.get("gpus", 1), int(need or 0), places))
-    before = [Placed(**{**one, "devices": tuple(one["devices"])}) for one in asked["before"]]
-    return wants, racks, before, problems
+    return wants, racks, problems
+
+
+def _declared(asked: Mapping[str, Any], host: str) -> list[dict[str, Any]]:
+    """Instances that the inventory itself has; those of an earlier choice are marked."""
+    return [one for one in asked["instances"][host] if not one.get("placed")]
 
 
 def _estimate(size: int | None) -> float | None:
@@ -308,8 +312,8 @@ def _estimate(size: int | None) -> float | None:
     return None if not size else size * 1.2 + GIB
 
 
-def _whole(number: Any, least: int) -> bool:
-    return isinstance(number, int) and not isinstance(number, bool) and number >= least
+def _whole(number: Any) -> bool:
+    return isinstance(number, int) and not isinstance(number, bool) and number >= 0
 
 
 def _hosts(
@@ -327,15 +331,13 @@ def _hosts(
     return frozenset(found), missing
 
 
-def _rack(said: Mapping[str, Any]) -> Rack:
-    survey, declared = said.get("survey"), said.get("declared", [])
-    devices = [str(device) for one in declared for device in (one.get("settings") or {}).get("devices", [])]
-    gpus = None if survey is None else tuple(_gpu(gpu) for gpu in survey["gpus"])
+def _rack(survey: Mapping[str, Any], declared: Sequence[Mapping[str, Any]]) -> Rack:
+    """survey: empty where the host was not looked at."""
     return Rack(
-        gpus,
+        tuple(_gpu(gpu) for gpu in survey["gpus"]) if survey else None,
         # What the fleet's own models hold of it comes back when they are placed anew, so the whole of it counts.
-        0 if survey is None else int(survey["memory"]["total"] * 0.9),
-        frozenset(devices),
+        int(survey["memory"]["total"] * 0.9) if survey else 0,
+        frozenset(device for one in declared for device in (one.get("settings") or {}).get("devices", [])),
         frozenset(one["name"] for one in declared),
         frozenset(int(one["port"]) for one in declared),
     )
@@ -366,11 +368,15 @@ def instance(placed: Placed, said: Mapping[str, Any]) -> dict[str, Any]:
 
 def main() -> None:
     asked = json.load(sys.stdin)
-    wants, racks, before, problems = read(asked)
-    plan = Plan(problems=problems) if problems else place(wants, racks, before)
-    instances: dict[str, list[dict[str, Any]]] = {host: [] for host in racks}
+    before = [Placed(**{**one, "devices": tuple(one["devices"])}) for one in asked["before"]]
+    if asked["recall"]:
+        plan = Plan([placed for placed in before if placed.host in asked["instances"]])
+    else:
+        wants, racks, problems = read(asked)
+        plan = Plan(problems=problems) if problems else place(wants, racks, before)
+    instances = {host: _declared(asked, host) for host in asked["instances"]}
     for placed in plan.placed:
-        instances[placed.host].append(instance(placed, asked["models"][placed.model]))
+        instances[placed.host].append(instance(placed, asked["models"].get(placed.model) or {}))
     told = {"placed": [asdict(placed) for placed in plan.placed], "instances": instances}
     print(json.dumps({**told, "moves": plan.moves, "problems": plan.problems}))
 
