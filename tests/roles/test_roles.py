@@ -60,10 +60,13 @@ def test_an_inventory_has_a_gate_and_instances_of_models_in_its_catalogue(invent
     seen = json.loads(told.stdout)
     assert seen["llmgate"]["hosts"]
     hosts = seen["_meta"]["hostvars"]
-    serving = [variables for variables in hosts.values() if variables.get("llmnode_instances")]
-    assert serving
-    for variables in serving:
-        assert {instance["model"] for instance in variables["llmnode_instances"]} <= set(variables["llmrack_models"])
+    served = 0
+    for variables in hosts.values():
+        models = {instance["model"] for instance in variables.get("llmnode_instances", [])}
+        models |= set(variables.get("llmnode_placement", {}))
+        assert models <= set(variables["llmrack_models"])
+        served += len(models)
+    assert served
 
 
 @pytest.mark.parametrize("playbook", PLAYBOOKS)
