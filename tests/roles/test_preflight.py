@@ -10,7 +10,10 @@ from typing import Any
 import pytest
 import yaml
 
+from tests.roles import hosts_on_file
+from tests.roles.hosts_on_file import CPU_ONLY
 from tests.roles.test_roles import ROOT, ansible
+from tests.roles.test_survey import look
 
 GIB = 2**30
 
@@ -179,3 +182,45 @@ def test_a_choice_is_kept_and_recalled_by_playbooks_that_look_at_no_host(tmp_pat
     assert two == [
         {"name": "m.0", "model": "m", "port": 8104, "settings": {"slots": 3, "devices": ["GPU-1"]}, "placed": True}
     ]
+
+
+def _place(folder: Path, hosts: dict[str, Any], *arguments: str, replicas: int = 3) -> str:
+    """Run what deploy.yml does about placement, over surveys that were recorded; say what Ansible said."""
+    variables = {
+        "ansible_connection": "local",
+        "llmrack_models": {"m": {"src": str(ROOT / "llmnode/handbook/handbook.gguf")}},
+        "llmnode_placement": {"m": {"replicas": replicas, "vram_gib": 20}},
+    }
+    inventory = {"all": {"vars": variables}, "llmgate": {"hosts": {"gate": None}}, "llmnode": {"hosts": hosts}}
+    (folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
+    tasks = [
+        {"name": verb, "ansible.builtin.include_role": {"name": "llmnode", "tasks_from": verb}}
+        for verb in ("place", "keep")
+    ]
+    (folder / "play.yml").write_text(yaml.safe_dump([{"hosts": "all", "gather_facts": False, "tasks": tasks}]))
+    done = ansible("ansible-playbook", "-i", folder / "hosts.yml", folder / "play.yml", *arguments)
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr
+    return done.stdout
+
+
+def test_a_fleet_of_two_vendors_is_placed_once_and_a_new_host_moves_nothing(tmp_path: Path) -> None:
+    kept = tmp_path / "placement.json"
+    hosts = {
+        name: {"llmrack_host_survey": look(recording, tmp_path / name)}
+        for name, recording in (("nv", hosts_on_file.TWO_NVIDIA), ("mi", hosts_on_file.TWO_AMD), ("cpu", CPU_ONLY))
+    }
+    planned = _place(tmp_path, hosts, "--check", "--diff")
+    assert '"host": "mi"' in planned and "changed=1" in planned and not kept.exists()
+    assert "changed=1" in _place(tmp_path, hosts)
+    first = json.loads(kept.read_text())["placed"]
+    # Of NVIDIA's, one has 4000 MiB free and 18000 MiB that are llmrack's own: room for 20 GiB.
+    assert sorted((one["host"], one["name"], one["port"], *one["devices"]) for one in first) == [
+        ("mi", "m.0", 8100, "0000:c1:00.0"),
+        ("nv", "m.0", 8100, "GPU-00000000-aaaa-bbbb-cccc-000000000000"),
+        ("nv", "m.1", 8101, "GPU-00000001-aaaa-bbbb-cccc-000000000000"),
+    ]
+    again = _place(tmp_path, {**hosts, "a-new-one": hosts["nv"]})
+    assert "changed=1" not in again and json.loads(kept.read_text())["placed"] == first
+    _place(tmp_path, {**hosts, "a-new-one": hosts["nv"]}, replicas=4)
+    fourth = json.loads(kept.read_text())["placed"]
+    assert fourth[:3] == first and fourth[3]["host"] == "a-new-one"
