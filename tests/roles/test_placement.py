@@ -244,7 +244,7 @@ def _asked(**more: Any) -> dict[str, Any]:
         "memory": {"total": 64 * GIB},
     }  # fmt: skip
     asked = {"models": {}, "sizes": {}, "groups": {"llmnode": ["h"], "rare": []}, "before": [], "recall": False}
-    return {**asked, "surveys": {"h": survey}, "instances": {"h": []}, **more}
+    return {**asked, "surveys": {"h": survey}, "backends": {"h": "vulkan"}, "instances": {"h": []}, **more}
 
 
 def _say(asked: dict[str, Any]) -> dict[str, Any]:
@@ -270,6 +270,12 @@ def test_an_instance_is_bound_by_uuid_or_pci_address_and_keeps_what_was_said_of_
     unseen = _asked(models={"m": said}, before=told["placed"], surveys={"h": {}}, recall=True)
     assert _say(unseen)["instances"] == told["instances"]
     assert _say({**unseen, "instances": told["instances"]})["instances"] == told["instances"]
+
+
+def test_a_gpu_that_the_release_is_not_built_for_is_not_used() -> None:
+    told = _say(_asked(models={"m": {"replicas": 2, "vram_gib": 20}}, backends={"h": "cuda"}))
+    assert "h 0000:02:00.0: llmrack_artifacts_backend cuda cannot use it" in told["problems"][0]
+    assert "1 of 2 replicas have a place" in told["problems"][0]
 
 
 def test_what_is_wrong_with_the_settings_is_told_together() -> None:

@@ -47,7 +47,8 @@ def host(survey: dict[str, Any] | None = None, **more: Any) -> dict[str, Any]:
     }  # fmt: skip
     asked = {
         "survey": {**seen, **(survey or {})}, "found": [], "disk_needs": {"/opt": GIB}, "ports": [("a", 8100)],
-        "instances": [node()], "needs": {"m": 20 * GIB}, "gpu": "none", "secrets": {}, "missing_secrets": [],
+        "instances": [node()], "needs": {"m": 20 * GIB}, "gpu": "none", "backend": "cuda", "secrets": {},
+        "missing_secrets": [],
     }  # fmt: skip
     return {**asked, **more}
 
@@ -74,6 +75,11 @@ def bound(*uuids: str) -> list[dict[str, Any]]:
         (host({"ports": {"8000": ["init.scope", "llmgate.service"]}}, ports=[("llmgate", 8000)]), None),
         (host({"gpus": [card("G1")]}, instances=bound("G1")), None),
         (host({"gpus": [card("G1")]}, instances=bound("pci-G1")), None),
+        (
+            host({"gpus": [card("G1")]}, instances=bound("G1"), backend="cpu"),
+            "GPU G1 of a needs llmrack_artifacts_backend cuda or vulkan, and it is cpu",
+        ),
+        (host({"gpus": [card("G1", vendor="amd")]}, instances=bound("G1"), backend="vulkan"), None),
         (host({"gpus": [card("G1")]}, instances=bound("G2")), "GPU G2 of a is not there; it has G1, pci-G1"),
         (host({"gpus": [card("G1", why="no driver")]}, instances=bound("G1")), "GPU G1 of a cannot be used: no driver"),
         (
@@ -206,7 +212,7 @@ def _place(folder: Path, hosts: dict[str, Any], *arguments: str, replicas: int =
 def test_a_fleet_of_two_vendors_is_placed_once_and_a_new_host_moves_nothing(tmp_path: Path) -> None:
     kept = tmp_path / "placement.json"
     hosts = {
-        name: {"llmrack_host_survey": look(recording, tmp_path / name)}
+        name: {"llmrack_host_survey": look(recording, tmp_path / name), "llmrack_artifacts_backend": "vulkan"}
         for name, recording in (("nv", hosts_on_file.TWO_NVIDIA), ("mi", hosts_on_file.TWO_AMD), ("cpu", CPU_ONLY))
     }
     planned = _place(tmp_path, hosts, "--check", "--diff")

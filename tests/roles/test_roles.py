@@ -128,6 +128,7 @@ FLEET = {
     "amd": ("amd", None, {}),
     # Bound to one GPU of those that the survey found.
     "one-nvidia": ("none", hosts_on_file.TWO_NVIDIA, {"devices": ["GPU-00000001-aaaa-bbbb-cccc-000000000000"]}),
+    "by-address": ("none", hosts_on_file.TWO_NVIDIA, {"devices": ["0000:65:00.0"]}),
     "one-amd": ("none", hosts_on_file.TWO_AMD, {"devices": ["0000:c1:00.0"]}),
     "both-amd": ("none", hosts_on_file.TWO_AMD, {"devices": ["0000:c1:00.0", "0000:c6:00.0"]}),
     "mig": ("none", hosts_on_file.MIG, {"devices": ["MIG-11111111-2222-3333-4444-555555555555"]}),
@@ -204,6 +205,7 @@ def _says(units: Path, kind: str, name: str) -> list[str]:
         ("nvidia", ["/dev/nvidiactl", "/dev/nvidia-uvm", "char-nvidia", "char-nvidia-frontend", "char-nvidia-caps"]),
         ("amd", ["/dev/kfd", "char-drm"]),
         ("one-nvidia", ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia1"]),
+        ("by-address", ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia1"]),
         ("mig", ["/dev/nvidiactl", "/dev/nvidia-uvm", "/dev/nvidia0", "char-nvidia-caps"]),
         ("one-amd", ["/dev/kfd", "/dev/dri/renderD128"]),
         ("both-amd", ["/dev/kfd", "/dev/dri/renderD128", "/dev/dri/renderD129"]),
@@ -229,8 +231,9 @@ def test_an_instance_runs_next_to_its_gpu(units: Path) -> None:
 
 
 def test_cuda_sees_no_gpu_that_the_unit_may_not_open(units: Path) -> None:
-    visible = [line for line in _says(units, "one-nvidia", "Environment") if "CUDA_VISIBLE" in line]
-    assert visible == ["CUDA_VISIBLE_DEVICES=GPU-00000001-aaaa-bbbb-cccc-000000000000"]
+    for kind in ("one-nvidia", "by-address"):
+        visible = [line for line in _says(units, kind, "Environment") if "CUDA_VISIBLE" in line]
+        assert visible == ["CUDA_VISIBLE_DEVICES=GPU-00000001-aaaa-bbbb-cccc-000000000000"]
 
 
 def test_systemd_waits_longer_than_a_drain(units: Path) -> None:

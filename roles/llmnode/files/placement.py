@@ -34,6 +34,8 @@ from typing import Any, NamedTuple
 
 GIB = 2**30
 FIRST_PORT = 8100
+BACKENDS = {"nvidia": ("cuda", "vulkan"), "amd": ("rocm", "vulkan")}
+"""What a release must be built for to use a vendor's GPUs."""
 
 
 class Gpu(NamedTuple):
@@ -282,8 +284,11 @@ def _gib(size: int) -> str:
 
 
 def read(asked: Mapping[str, Any]) -> tuple[list[Want], dict[str, Rack], list[str]]:
-    """What the role asks (models, sizes, groups, surveys, instances). The last of the three: what is wrong with it."""
-    racks = {host: _rack(asked["surveys"][host], _declared(asked, host)) for host in asked["groups"]["llmnode"]}
+    """What the role asks: models, sizes, groups, surveys, backends, instances. Problems are what is wrong with it."""
+    racks = {
+        host: _rack(asked["surveys"][host], asked["backends"][host], _declared(asked, host))
+        for host in asked["groups"]["llmnode"]
+    }
     wants, problems = [], []
     for model, said in sorted(asked["models"].items()):
         said = said or {}
@@ -331,10 +336,10 @@ def _hosts(
     return frozenset(found), missing
 
 
-def _rack(survey: Mapping[str, Any], declared: Sequence[Mapping[str, Any]]) -> Rack:
+def _rack(survey: Mapping[str, Any], backend: str, declared: Sequence[Mapping[str, Any]]) -> Rack:
     """survey: empty where the host was not looked at."""
     return Rack(
-        tuple(_gpu(gpu) for gpu in survey["gpus"]) if survey else None,
+        tuple(_gpu(gpu, backend) for gpu in survey["gpus"]) if survey else None,
         # What the fleet's own models hold of it comes back when they are placed anew, so the whole of it counts.
         int(survey["memory"]["total"] * 0.9) if survey else 0,
         frozenset(device for one in declared for device in (one.get("settings") or {}).get("devices", [])),
@@ -343,12 +348,14 @@ def _rack(survey: Mapping[str, Any], declared: Sequence[Mapping[str, Any]]) -> R
     )
 
 
-def _gpu(said: Mapping[str, Any]) -> Gpu:
+def _gpu(said: Mapping[str, Any], backend: str) -> Gpu:
     """llmnode knows NVIDIA's GPUs by their UUID, and AMD's by their PCI address: HIP tells it no more."""
     device = said["uuid"] if said["vendor"] == "nvidia" and said["uuid"] else said["pci"]
     total = said["vram_total"] or 0
     room = min(total, (said["vram_free"] or 0) + said["vram_ours"])
-    return Gpu(device, said["vendor"], total, room, said["numa"], said["why"])
+    able = backend in BACKENDS[said["vendor"]]
+    why = said["why"] or ("" if able else f"llmrack_artifacts_backend {backend} cannot use it")
+    return Gpu(device, said["vendor"], total, room, said["numa"], why)
 
 
 def instance(placed: Placed, said: Mapping[str, Any]) -> dict[str, Any]:

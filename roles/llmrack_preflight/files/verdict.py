@@ -16,6 +16,7 @@ from typing import Any
 
 GIB = 2**30
 OLDEST_PYTHON = (3, 10)
+BACKENDS = {"nvidia": ("cuda", "vulkan"), "amd": ("rocm", "vulkan")}
 GATE_HOLDERS = ("llmgate.service", "llmgate.socket", "init.scope")
 """systemd itself holds the gate's socket: PID 1 is in init.scope."""
 
@@ -77,8 +78,8 @@ def _gpus(host: Mapping[str, Any]) -> Iterator[str]:
     cards = {}
     for card in host["survey"]["gpus"]:
         room = (card["vram_free"] or 0) + card["vram_ours"]
-        cards.update({name: (room, card["why"]) for name in (card["uuid"], card["pci"]) if name})
-        cards.update({part["uuid"]: (part["vram_total"], "") for part in card["mig"]})
+        cards.update({name: (room, card["why"], card["vendor"]) for name in (card["uuid"], card["pci"]) if name})
+        cards.update({part["uuid"]: (part["vram_total"], "", card["vendor"]) for part in card["mig"]})
     loads: dict[str, int] = {}
     for instance in host["instances"]:
         settings = instance.get("settings") or {}
@@ -86,6 +87,12 @@ def _gpus(host: Mapping[str, Any]) -> Iterator[str]:
         for device in devices:
             if device not in cards:
                 yield f"GPU {device} of {instance['name']} is not there; it has {', '.join(sorted(cards)) or 'none'}"
+            elif host["backend"] not in BACKENDS[cards[device][2]]:
+                able = " or ".join(BACKENDS[cards[device][2]])
+                yield (
+                    f"GPU {device} of {instance['name']} needs llmrack_artifacts_backend {able}, and it is"
+                    f" {host['backend']}"
+                )
             elif cards[device][1]:
                 yield f"GPU {device} of {instance['name']} cannot be used: {cards[device][1]}"
             elif settings.get("n_gpu_layers", -1) == -1:
