@@ -17,10 +17,10 @@ PROGRAM = Path(__file__).resolve().parents[2] / "roles/llmnode/files/placement.p
 
 
 def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("placement", PROGRAM)
+    spec = importlib.util.spec_from_file_location("llmnode_placement", PROGRAM)
     assert spec and spec.loader
     module = importlib.util.module_from_spec(spec)
-    sys.modules["placement"] = module
+    sys.modules["llmnode_placement"] = module
     spec.loader.exec_module(module)
     return module
 
