@@ -96,7 +96,7 @@ def _gpus(host: Mapping[str, Any]) -> Iterator[str]:
             elif cards[device][1]:
                 yield f"GPU {device} of {instance['name']} cannot be used: {cards[device][1]}"
             elif settings.get("n_gpu_layers", -1) == -1:
-                need = host["needs"].get(instance["model"], 0)
+                need = host["needs"].get(instance["model"]) or 0  # not known before the first download
                 loads[device] = loads.get(device, 0) + -(-need // len(devices))
         if not devices and host["gpu"] != "none" and settings.get("n_gpu_layers", -1) != 0:
             yield from _any_gpu(host, instance["name"])
