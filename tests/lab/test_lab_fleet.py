@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
 import platform
@@ -267,6 +268,49 @@ def test_the_gate_moves_to_another_port_and_back(fleet: Fleet) -> None:
     assert "0.0.0.0:8000" not in on("lab1", "ss -Hltn")
     deploy("--limit", "lab1")
     wait_for(fleet.all_usable, "both nodes to be usable")
+
+
+def test_a_model_behind_a_url_leaves_its_source_once_and_comes_whole_or_not_at_all(
+    fleet: Fleet, tmp_path: Path
+) -> None:
+    body = os.urandom(3 << 20)
+    (tmp_path / "m.gguf").write_bytes(body)
+    digest = hashlib.sha256(body).hexdigest()
+    record = tmp_path / "sent"
+    web = subprocess.Popen(
+        [*LAB, "exec", "--", sys.executable, str(ROOT / "tests/lab/web.py"), "198.18.0.1", "8080", tmp_path, record]
+    )
+
+    def placed(succeeds: bool = True, **entry: str) -> str:
+        model = {"url": "http://198.18.0.1:8080/m.gguf", **entry}
+        given = {
+            "llmrack_models": {"m": model},
+            "llmrack_model_wanted": ["m"],
+            "llmrack_model_lock": f"{tmp_path}/lock",
+        }
+        return play("model", "-e", json.dumps(given), succeeds=succeeds)
+
+    def on_hosts() -> list[str]:
+        return [
+            on(host, "cd /srv/llmrack/models && sha256sum m-* 2>/dev/null | grep -v stamp || true")
+            for host in NODES.values()
+        ]
+
+    try:
+        wait_for(record.exists, "the web server")
+        assert "but m must have " + "0" * 64 in " ".join(placed(succeeds=False, sha256="0" * 64).split())
+        assert on_hosts() == ["", ""]
+        (tmp_path / "breaks").write_text("6")
+        record.write_text("")
+        assert "could not be fetched" in " ".join(placed(succeeds=False, sha256=digest).split())
+        assert on_hosts() == ["", ""]
+        placed(sha256=digest)
+        assert all(line.startswith(digest) for line in on_hosts()), on_hosts()
+        assert sum(map(int, record.read_text().split())) == len(body), "it left its source once, broken off or not"
+        assert set(changes(placed(sha256=digest)).values()) == {0}
+    finally:
+        web.terminate()
+        web.wait()
 
 
 def test_down_leaves_nothing_behind(fleet: Fleet) -> None:
