@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -81,15 +82,76 @@ def test_a_tampered_source_archive_is_refused(
 def test_a_release_is_complete_and_named_by_what_is_in_it(module: ModuleType, project: Path, tmp_path: Path) -> None:
     python = f"{sys.version_info.major}.{sys.version_info.minor}"
     out = tmp_path / "release"
-    first = module.release(project, "cpu", python, out)
+    first = module.release(project, "cpu", python, out, module.build_flags("cpu"))
     assert first["changed"] and (out / "release").read_text().strip() == first["name"]
     names = {path.name.split("-")[0] for path in out.glob("*.whl")}
     assert {"llmrack", "llama_cpp_python", "sanic", "httpx", "psutil"} <= names
     done = subprocess.run(["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=out, capture_output=True, check=False)
     assert done.returncode == 0, done.stdout
 
-    assert module.release(project, "cpu", python, out) == {**first, "changed": False}
+    assert module.release(project, "cpu", python, out, module.build_flags("cpu")) == {**first, "changed": False}
     (project / "llmgate" / "cli.py").write_text("# another release\n")
-    other = module.release(project, "cpu", python, out)
+    other = module.release(project, "cpu", python, out, module.build_flags("cpu"))
     assert other["changed"] and other["name"] != first["name"]
     assert (out / "release").read_text().strip() == other["name"]
+
+
+def test_cuda_is_compiled_for_the_capabilities_that_are_named_and_keyed_by_them(
+    module: ModuleType, project: Path
+) -> None:
+    flags = module.build_flags("cuda", "9.0, 8.0,9.0")
+    assert flags[-1] == "-DCMAKE_CUDA_ARCHITECTURES=80-real;90-real"
+    assert module.build_flags("cpu", "9.0") == module.BACKENDS["cpu"]
+    folders = {module._wheel_folder(project, "cuda", module.build_flags("cuda", one)) for one in ("", "8.0", "9.0")}
+    assert len(folders) == 3
+    with pytest.raises(module.Failed, match=r"MAJOR\.MINOR, e\.g\. 9\.0 .*not 'sm_90'"):
+        module.build_flags("cuda", "sm_90")
+
+
+@pytest.fixture
+def host(tmp_path: Path) -> Path:
+    """A host's /opt/llmrack with releases r1 (the oldest) to r6: r2 is previous, r3 current; r0 is unfinished."""
+    for age, name in enumerate(["r1", "r2", "r3", "r4", "r5", "r6"]):
+        (tmp_path / "releases" / name).mkdir(parents=True)
+        mark = tmp_path / "releases" / name / ".complete"
+        mark.touch()
+        os.utime(mark, (1000 + age, 1000 + age))
+    (tmp_path / "releases" / "r0").mkdir()
+    (tmp_path / "previous").symlink_to(tmp_path / "releases" / "r2")
+    (tmp_path / "current").symlink_to(tmp_path / "releases" / "r3")
+    return tmp_path
+
+
+def retain(host: Path, keep: int, check: bool = False) -> list[str]:
+    order = {"root": str(host), "wanted": "r6", "keep": keep, "check": check}
+    script = SCRIPT.with_name("retention.py")
+    done = subprocess.run(
+        [sys.executable, str(script)], input=json.dumps(order), capture_output=True, text=True, check=True
+    )
+    told: dict[str, list[str]] = json.loads(done.stdout)
+    return told["removed"]
+
+
+def test_pruning_keeps_what_runs_what_a_rollback_needs_and_the_newest(host: Path) -> None:
+    library = host / "releases" / "r1" / "library.so"
+    library.write_bytes(b"x" * 4096)
+    # Mapped and closed again, as a loaded library is.
+    program = (
+        "import mmap, sys\nwith open(sys.stdin.readline().strip(), 'rb') as f: m = mmap.mmap(f.fileno(), 0, prot=1)\n"
+    )
+    program += "print('mapped', flush=True)\nsys.stdin.read()"
+    user = subprocess.Popen([sys.executable, "-c", program], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    assert user.stdin and user.stdout
+    try:
+        user.stdin.write(f"{library}\n")
+        user.stdin.flush()
+        assert user.stdout.readline() == "mapped\n"
+        assert retain(host, keep=1, check=True) == ["r0", "r4", "r5"]
+        assert (host / "releases" / "r4").exists()
+        assert retain(host, keep=1) == ["r0", "r4", "r5"]
+    finally:
+        user.stdin.close()
+        user.wait()
+    assert {path.name for path in (host / "releases").iterdir()} == {"r1", "r2", "r3", "r6"}
+    assert retain(host, keep=1) == ["r1"]
+    assert retain(host, keep=1) == []

@@ -79,6 +79,12 @@ def main(argv: list[str] | None = None) -> int:
         command.add_argument("--project", type=Path, default=project, help="the llmrack source tree")
         if name != "sdist":
             command.add_argument("--backend", choices=sorted(BACKENDS), default="cpu")
+            command.add_argument(
+                "--cuda-architectures",
+                default="",
+                metavar="8.0,9.0",
+                help="compute capabilities that the cuda backend is compiled for (default: all that the toolkit knows)",
+            )
         if name == "llama":
             command.add_argument(
                 "--if-built", action="store_true", help="print nothing and exit 1 if it is not built yet"
@@ -95,12 +101,14 @@ def main(argv: list[str] | None = None) -> int:
         if options.command == "sdist":
             print(sdist(options.project))
         elif options.command == "llama":
-            wheel = _only_wheel(_wheel_folder(options.project, options.backend))
+            flags = build_flags(options.backend, options.cuda_architectures)
+            wheel = _only_wheel(_wheel_folder(options.project, options.backend, flags))
             if wheel is None and options.if_built:
                 return 1
-            print(wheel or llama(options.project, options.backend))
+            print(wheel or llama(options.project, options.backend, flags))
         else:
-            print(json.dumps(release(options.project, options.backend, options.python, options.out.resolve())))
+            flags = build_flags(options.backend, options.cuda_architectures)
+            print(json.dumps(release(options.project, options.backend, options.python, options.out.resolve(), flags)))
     except Missing as error:
         print(f"wheelhouse: {error}", file=sys.stderr)
         return 2
@@ -159,11 +167,25 @@ def sdist(project: Path) -> Path:
     return path
 
 
-def llama(project: Path, backend: str) -> Path:
-    """Path of the llama-cpp-python wheel for this machine and backend, compiled on the first call."""
+def build_flags(backend: str, cuda_architectures: str = "") -> list[str]:
+    """CMake's flags for a backend. `cuda_architectures`: compute capabilities, "8.0,9.0"; empty: the toolkit's."""
+    flags = list(BACKENDS[backend])
+    capabilities = [one.strip() for one in cuda_architectures.split(",") if one.strip()]
+    for one in capabilities:
+        if not re.fullmatch(r"\d{1,2}\.\d", one):
+            raise Failed(
+                f"a compute capability is MAJOR.MINOR, e.g. 9.0 (nvidia-smi --query-gpu=compute_cap); not {one!r}"
+            )
+    if backend == "cuda" and capabilities:
+        wanted = sorted({int(one.replace(".", "")) for one in capabilities})
+        flags.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{number}-real' for number in wanted)}")
+    return flags
+
+
+def llama(project: Path, backend: str, flags: list[str]) -> Path:
+    """Path of the llama-cpp-python wheel for this machine, backend and flags, compiled on the first call."""
     requirement, _ = _pin(project)
-    flags = " ".join(BACKENDS[backend])
-    folder = _wheel_folder(project, backend)
+    folder = _wheel_folder(project, backend, flags)
     if wheel := _only_wheel(folder):
         return wheel
     missing = [PACKAGES[tool] for tool in ["cc", "c++", *TOOLS.get(backend, [])] if not shutil.which(tool)]
@@ -180,7 +202,7 @@ def llama(project: Path, backend: str) -> Path:
         )
         built = Path(temporary) / "built"
         command = [*_pip(), "wheel", "--verbose", "--no-deps", "--wheel-dir", str(built), str(source)]
-        _compile(command, {**os.environ, "CMAKE_ARGS": flags}, folder.parent / f"{folder.name}.log")
+        _compile(command, {**os.environ, "CMAKE_ARGS": " ".join(flags)}, folder.parent / f"{folder.name}.log")
         if _only_wheel(built) is None:
             raise Failed("the build ended well but left no wheel")
         built.replace(folder)
@@ -189,13 +211,13 @@ def llama(project: Path, backend: str) -> Path:
     return wheel
 
 
-def release(project: Path, backend: str, python: str, out: Path) -> dict[str, object]:
+def release(project: Path, backend: str, python: str, out: Path, flags: list[str]) -> dict[str, object]:
     """Fill `out` with a release: wheels, lock files, SHA256SUMS, release.json and `release`, which holds its name.
 
     The name is VERSION-DIGEST; the digest covers llmrack's own source, the locks, the hosts' Python and the
     llama-cpp-python wheel, so that equal input gives an equal name, and a directory that has it already is left alone.
     """
-    engine = llama(project, backend)
+    engine = llama(project, backend, flags)
     version = _version(project)
     digest = hashlib.sha256(f"{python} {backend} {platform_key()} {_sha256(engine)}\n".encode())
     for path in sorted(_sources(project)):
@@ -245,9 +267,9 @@ def release(project: Path, backend: str, python: str, out: Path) -> dict[str, ob
     return {"name": name, "path": str(out), "changed": True}
 
 
-def _wheel_folder(project: Path, backend: str) -> Path:
+def _wheel_folder(project: Path, backend: str, flags: list[str]) -> Path:
     requirement, sha256 = _pin(project)
-    digest = hashlib.sha256(f"{requirement} {sha256} {' '.join(BACKENDS[backend])}".encode()).hexdigest()[:12]
+    digest = hashlib.sha256(f"{requirement} {sha256} {' '.join(flags)}".encode()).hexdigest()[:12]
     return cache() / "wheels" / f"{platform_key()}-{backend}-{digest}"
 
 
