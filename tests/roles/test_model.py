@@ -538,3 +538,19 @@ def test_a_play_with_a_wrong_checksum_places_nothing_anywhere(source: Source, tm
     assert code != 0 and f"has SHA-256 {SHA256}, but m must have {'0' * 64}" in said
     assert [hosts.models_of(host) for host in ("h1", "h2", "h3")] == [[]] * 3
     assert source.sent == len(BODY)
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="the role makes directories that root owns")
+@pytest.mark.parametrize("known", [False, True])
+def test_a_play_that_the_hub_refuses_does_not_show_the_token(source: Source, tmp_path: Path, known: bool) -> None:
+    source.token = "another"
+    hosts = Hosts(tmp_path, source)
+    hosts.models["m"] = {"repo": "org/name", "revision": REVISION, "file": "m.gguf"}
+    if known:  # then the transfer is what is refused, not the look at it
+        hosts.models["m"]["sha256"] = SHA256
+    given = {"llmrack_model_token": TOKEN, "llmrack_model_endpoint": source.url}
+    code, said, _ = hosts.play("-vvv", "--diff", "-e", json.dumps(given))
+    assert code != 0 and "m.gguf answered 401" in said
+    assert all(authorization == f"Bearer {TOKEN}" for *_, authorization in source.seen)
+    # -e itself is no secret place; Ansible shows neither it nor what the roles make of it.
+    assert TOKEN not in said
