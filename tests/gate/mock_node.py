@@ -19,6 +19,8 @@ import itertools
 import json
 import socket
 import threading
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 from llmnode.wire import headers as names
@@ -197,12 +199,7 @@ class MockNode:
             await self._answer(writer, 200, json.dumps(self._completion()).encode())
 
     async def _stream(self, fault: str, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-llmrack-ignored: store\r\n"
-            b"transfer-encoding: chunked\r\n\r\n"
-        )
-        self.open += 1
-        try:
+        async with self._streaming(writer):
             if fault in ("keepalive_then_die", "error_event"):
                 await self._chunk(writer, sse.KEEPALIVE)
                 if fault == "error_event":
@@ -228,13 +225,6 @@ class MockNode:
             if self.requests[-1]["headers"].get("x-llmrack-report-usage") == "1":
                 await self._chunk(writer, sse.usage_comment(self.usage))
             await self._chunk(writer, sse.DONE)
-            writer.write(b"0\r\n\r\n")
-            await writer.drain()
-        except (ConnectionError, asyncio.IncompleteReadError):
-            self.closed += 1
-            raise
-        finally:
-            self.open -= 1
 
     async def _marked(
         self,
@@ -245,12 +235,7 @@ class MockNode:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        writer.write(
-            b"HTTP/1.1 200 OK\r\ncontent-type: text/event-stream\r\nx-llmrack-ignored: store\r\n"
-            b"x-llmrack-resumable: %d\r\ntransfer-encoding: chunked\r\n\r\n" % VERSION
-        )
-        self.open += 1
-        try:
+        async with self._streaming(writer, f"{names.RESUMABLE}: {VERSION}"):
             struck = not fault
             for step in script.steps(out):
                 if not struck and step.count > at:
@@ -266,6 +251,16 @@ class MockNode:
                 raise _HangUp
             *rest, done = script.ending()
             await self._chunk(writer, b"".join([*rest, sse.usage_comment(script.usage), done]))
+
+    @asynccontextmanager
+    async def _streaming(self, writer: asyncio.StreamWriter, *headers: str) -> AsyncIterator[None]:
+        """The head of a stream before what is sent in it, and its end behind. Counts it while it is open, and when the
+        gate hangs up on it."""
+        lines = ("HTTP/1.1 200 OK", "content-type: text/event-stream", f"{names.IGNORED}: store", *headers)
+        writer.write("\r\n".join((*lines, "transfer-encoding: chunked")).encode() + b"\r\n\r\n")
+        self.open += 1
+        try:
+            yield
             writer.write(b"0\r\n\r\n")
             await writer.drain()
         except (ConnectionError, asyncio.IncompleteReadError):
