@@ -32,11 +32,10 @@ from httpx_aiohttp import AiohttpTransport
 
 from llmgate.core.plan import Got, Kind, Outcome
 from llmgate.core.reader import Reader
-from llmgate.core.seats import Origin
 from llmnode.wire import headers as names
 from llmnode.wire import resume
 from llmnode.wire.node import Usage
-from llmnode.wire.resume import Committed, Fixed, Resume
+from llmnode.wire.resume import Committed, Fixed, Origin, Resume
 
 FRAME_LIMIT = 4 * 1024 * 1024
 BODY_LIMIT = 64 * 1024 * 1024
@@ -84,7 +83,8 @@ class Exchange:
 
     fixed: what must not differ between nodes.    deadline: clock seconds.    sent: when the client last got a byte, or
     the request came.
-    origin: the model of the node that is asked to begin; None when it speaks no resume.    committed: ids that are out.
+    origin: the model of the node that is asked to begin, by its last report until the answer itself says it; None when
+    it speaks no resume.    committed: ids that are out.
     content: some content is out, so that another node may only go on.
     resumable: `committed` stands for all that is out.    first_content: clock reading.    pauses: seconds in which the
     client heard nothing, between content of one node and of the next.
@@ -161,9 +161,7 @@ class Relay:
         """Have one node go on with what is committed, and pass that on. Raises like `begin`."""
         origin = exchange.origin
         assert origin is not None, "what is committed has an origin"
-        body = Resume(
-            exchange.path, origin.model, origin.digest, exchange.fixed, exchange.committed.ids(), exchange.body
-        ).write()
+        body = Resume(exchange.path, origin, exchange.fixed, exchange.committed.ids(), exchange.body).write()
         return await self._attempt(base + resume.PATH, body, exchange, client, resumed=True)
 
     async def _attempt(self, url: str, body: bytes, exchange: Exchange, client: Client, *, resumed: bool) -> Outcome:
@@ -182,6 +180,8 @@ class Relay:
             marked = response.headers.get(names.RESUMABLE) == str(resume.VERSION)
             if resumed and not marked:
                 return Outcome(Kind.BROKE, detail="its answer to a resume has no commit markers")
+            if marked and not resumed and names.ORIGIN in response.headers:
+                exchange.origin = Origin.parse(response.headers[names.ORIGIN])
             if marked and not exchange.stream:
                 return await self._collect(response, exchange)
             if response.headers.get("content-type", "").startswith("text/event-stream"):

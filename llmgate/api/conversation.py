@@ -30,7 +30,7 @@ from llmgate.core.prediction import Sent
 from llmgate.core.prompt import Prompt
 from llmgate.core.queue import Priority
 from llmgate.core.record import Record
-from llmgate.core.seats import Origin, Seat, heirs, seats
+from llmgate.core.seats import Seat, heirs, origin_of, seats
 from llmgate.ledger import RequestLog
 from llmgate.metrics import UNKNOWN, Metrics
 from llmgate.relay import Exchange, Relay, Whole
@@ -301,7 +301,7 @@ class Conversations:
     def _begin(self, node: Node, talk: _Talk) -> Coroutine[Any, Any, Outcome]:
         choice, exchange = talk.choice, talk.exchange
         exchange.body = talk.body if choice.name == talk.ask.model else bodies.renamed(talk.body, choice.name)
-        exchange.origin = Origin.of(node, choice.name)
+        exchange.origin = origin_of(node, choice.name)
         return self._relay.begin(node.url, exchange, talk.client)
 
     def _resume(self, node: Node, talk: _Talk) -> Coroutine[Any, Any, Outcome]:

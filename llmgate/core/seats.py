@@ -11,24 +11,7 @@ from dataclasses import dataclass
 
 from llmgate.core.candidate import Candidate
 from llmgate.core.fleet import Fleet, Node
-from llmnode.wire.resume import VERSION
-
-
-@dataclass(frozen=True)
-class Origin:
-    """The model that began an answer: its id, what tells its weights, what tells its template (`wire.node.Model`)."""
-
-    model: str
-    digest: str
-    template: str
-
-    @classmethod
-    def of(cls, node: Node, model_id: str) -> Origin | None:
-        """What an answer of this node can be gone on from; None when it speaks no resume, or knows no digest."""
-        model = node.model(model_id)
-        if model is None or not model.digest or node.report is None or node.report.resume != VERSION:
-            return None
-        return cls(model.id, model.digest, model.template)
+from llmnode.wire.resume import VERSION, Origin
 
 
 @dataclass(frozen=True)
@@ -50,5 +33,14 @@ def heirs(fleet: Fleet, ranked: Iterable[Candidate], origin: Origin | None) -> t
     """Those of them that may go on with an answer from `origin`, in the same order."""
     if origin is None:
         return ()
-    able = [c for c in ranked if c.name in fleet.nodes and Origin.of(fleet.nodes[c.name], origin.model) == origin]
+    able = [c for c in ranked if c.name in fleet.nodes and origin_of(fleet.nodes[c.name], origin.model) == origin]
     return seats(fleet, able)
+
+
+def origin_of(node: Node, model_id: str) -> Origin | None:
+    """What an answer of this node can be gone on from, by its last report; None when it speaks no resume, or knows no
+    digest."""
+    model = node.model(model_id)
+    if model is None or not model.digest or node.report is None or node.report.resume != VERSION:
+        return None
+    return Origin(model.id, model.digest, model.template)

@@ -29,7 +29,7 @@ from llmnode.engine.types import Ask
 from llmnode.wire import headers
 from llmnode.wire.errors import BodyTooLarge, Conflict, InvalidRequest, ModelNotFound
 from llmnode.wire.node import Usage
-from llmnode.wire.resume import VERSION, Fixed, Resume, check_choices
+from llmnode.wire.resume import VERSION, Fixed, Origin, Resume, check_choices
 
 _MAX_HEADER_CHARACTERS = 4000
 """Many clients and proxies take a header of 8 KiB at most."""
@@ -101,19 +101,13 @@ async def go_on(request: Request, serving: Serving) -> HTTPResponse | None:
         endpoint = ENDPOINTS.get(resume.path)
         if endpoint is None:
             raise InvalidRequest(f"path must be one of {', '.join(ENDPOINTS)}, got {resume.path!r}", param="path")
-        if resume.model not in serving.settings.names:
-            raise ModelNotFound(resume.model, list(serving.settings.names))
-        ours = served.backend.info.digest
-        if resume.digest and ours and resume.digest != ours:
-            raise Conflict(
-                f"the answer was begun by a model with the digest {resume.digest[:80]}, and here it is {ours}",
-                param="digest",
-                code="model_differs",
-            )
+        if resume.origin.model not in serving.settings.names:
+            raise ModelNotFound(resume.origin.model, list(serving.settings.names))
+        _require_same(resume.origin, serving.origin(served))
         limit = serving.settings.body_limit_bytes
         if len(resume.body) > limit:
             raise BodyTooLarge(f"the original body has {len(resume.body)} bytes, the limit is {limit}")
-        order = _Order(endpoint, resume.body, resume.fixed, resume.ids, resume.model)
+        order = _Order(endpoint, resume.body, resume.fixed, resume.ids, resume.origin.model)
         return await _answer(request, serving, served, order)
 
 
@@ -161,7 +155,7 @@ async def _stream(
 ) -> None:
     said = {**_headers(options), "cache-control": "no-cache", "x-accel-buffering": "no"}
     if telling.marks is not None:
-        said[headers.RESUMABLE] = str(VERSION)
+        said |= {headers.RESUMABLE: str(VERSION), headers.ORIGIN: serving.origin(served).header()}
     with serving.answer(served, asks) as (mailbox, meter):
         request.ctx.meter = meter
         async with aclosing(stream.frames(mailbox, telling)) as frames:
@@ -171,6 +165,18 @@ async def _stream(
             async for frame in frames:
                 await response.send(frame)
         await response.eof()
+
+
+def _require_same(theirs: Origin, ours: Origin) -> None:
+    """Only the same weights and template go on with the same answer. Raises Conflict."""
+    for what in ("digest", "template"):
+        begun, here = getattr(theirs, what), getattr(ours, what)
+        if begun and here and begun != here:
+            raise Conflict(
+                f"the answer was begun by a model with the {what} {begun[:80]}, and here it is {here}",
+                param=what,
+                code="model_differs",
+            )
 
 
 @contextmanager

@@ -31,6 +31,7 @@ from llmnode.wire.chain import Chain, salt
 from llmnode.wire.errors import Overloaded
 from llmnode.wire.node import Cache, Load, Model, Report, State
 from llmnode.wire.resume import VERSION as RESUME_VERSION
+from llmnode.wire.resume import Origin
 
 
 @dataclass(frozen=True)
@@ -272,6 +273,11 @@ class Serving:
             template=_described(served.template) if served else "",
             digest=served.backend.info.digest if served else "",
         )
+
+    def origin(self, served: Served) -> Origin:
+        """What its answers come from, for whoever goes on with them."""
+        model = self._model(served)
+        return Origin(model.id, model.digest, model.template)
 
     def status_line(self) -> str:
         """One line for systemd and the log: `ready: 2 running, 0 waiting, 31.4 tokens/s`."""

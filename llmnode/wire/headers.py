@@ -19,6 +19,9 @@ RESUMABLE = "x-llmrack-resumable"
 """Request, gate to node: `wire.resume.Fixed`. The node answers as an event stream with commit markers.
 Response, node to gate: the version of the resume format, where the answer has markers."""
 
+ORIGIN = "x-llmrack-origin"
+"""Response, node to gate, where the answer has markers: `wire.resume.Origin`, the model that it comes from."""
+
 PRIORITY = "x-llmrack-priority"
 """Request, client to gate: "high", "normal" or "low", how soon it wants its turn; not above its key's own."""
 

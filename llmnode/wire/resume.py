@@ -84,17 +84,42 @@ class Fixed:
 
 
 @dataclass(frozen=True)
+class Origin:
+    """The model that began an answer: its id, what tells its weights, what tells its template (`wire.node.Model`).
+
+    The node says it with the answer itself: what it said when it was last polled may be of the process before.
+    """
+
+    model: str
+    digest: str
+    template: str
+
+    def header(self) -> str:
+        """The value of `x-llmrack-origin`: JSON in ASCII, since a model's id may be any text."""
+        return json.dumps({"model": self.model, "digest": self.digest, "template": self.template})
+
+    @classmethod
+    def parse(cls, text: str) -> Origin:
+        """Raises ValueError that names what is wrong."""
+        try:
+            fields = json.loads(text)
+        except (ValueError, RecursionError):
+            raise ValueError(f"its origin is not JSON: {text[:80]!r}") from None
+        if not isinstance(fields, dict):
+            raise ValueError(f"its origin must be a JSON object, got {text[:80]!r}")
+        return cls(*(_text_of(fields, name) for name in ("model", "digest", "template")))
+
+
+@dataclass(frozen=True)
 class Resume:
     """What `POST /resume` carries: a line of JSON, then the body of the original request as it was received.
 
-    path: the original one.     model: id of the model, which the node must serve.
-    digest: `Model.digest` of the model that began the answer.
+    path: the original one.     origin: the model that began the answer, whose id the node must serve.
     ids: for each choice the ids that are committed, in the order of the choices; empty for one that has not begun.
     """
 
     path: str
-    model: str
-    digest: str
+    origin: Origin
     fixed: Fixed
     ids: tuple[tuple[int, ...], ...]
     body: bytes
@@ -103,8 +128,9 @@ class Resume:
         head = {
             "version": VERSION,
             "path": self.path,
-            "model": self.model,
-            "digest": self.digest,
+            "model": self.origin.model,
+            "digest": self.origin.digest,
+            "template": self.origin.template,
             "id": self.fixed.id,
             "created": self.fixed.created,
             "seed": self.fixed.seed,
@@ -126,14 +152,14 @@ class Resume:
             raise ValueError("its first line must be a JSON object")
         if fields.get("version") != VERSION:
             raise ValueError(f"version must be {VERSION}, got {fields.get('version')!r}")
-        for name in ("path", "model", "digest"):
-            if not isinstance(fields.get(name), str):
-                raise ValueError(f"{name} must be a string, got {fields.get(name)!r}")
+        path = _text_of(fields, "path")
+        # A gate that is one release older names no template.
+        origin = Origin(*(_text_of({"template": "", **fields}, name) for name in ("model", "digest", "template")))
         ids = fields.get("ids")
         if not isinstance(ids, list) or not all(isinstance(row, list) and all(map(_is_whole, row)) for row in ids):
             raise ValueError("ids must be a list of lists of token ids")
         fixed = Fixed.checked(fields.get("id"), fields.get("created"), fields.get("seed"))
-        return cls(fields["path"], fields["model"], fields["digest"], fixed, tuple(map(tuple, ids)), body)
+        return cls(path, origin, fixed, tuple(map(tuple, ids)), body)
 
 
 @dataclass(frozen=True)
@@ -214,6 +240,13 @@ def check_choices(ids: Sequence[Sequence[int]], choices: int) -> tuple[tuple[int
     if len(ids) > choices:
         raise ValueError(f"ids has {len(ids)} lists, and the request has {choices} choices")
     return tuple(map(tuple, ids)) + ((),) * (choices - len(ids))
+
+
+def _text_of(fields: dict[str, Any], name: str) -> str:
+    value = fields.get(name)
+    if not isinstance(value, str):
+        raise ValueError(f"{name} must be a string, got {value!r}")
+    return value
 
 
 def _whole(text: str) -> int:

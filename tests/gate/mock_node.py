@@ -26,7 +26,7 @@ from typing import Any
 from llmnode.wire import headers as names
 from llmnode.wire import sse
 from llmnode.wire.node import Load, Model, Report, State, Usage
-from llmnode.wire.resume import HANDOVER, PATH, VERSION, Fixed, Resume
+from llmnode.wire.resume import HANDOVER, PATH, VERSION, Fixed, Origin, Resume
 from tests.gate.mock_answer import Script, Step
 
 _boots = itertools.count()
@@ -186,7 +186,9 @@ class MockNode:
             await self._until_closed(reader)
         elif path == PATH:
             resume = Resume.parse(body)
-            await self._marked(Script(resume.body, resume.fixed, resume.model), resume.ids, fault, at, reader, writer)
+            await self._marked(
+                Script(resume.body, resume.fixed, resume.origin.model), resume.ids, fault, at, reader, writer
+            )
         elif fixed:
             await self._marked(Script(body, fixed, self.report.models[0].id), (), fault, at, reader, writer)
         elif json.loads(body).get("stream"):
@@ -235,7 +237,9 @@ class MockNode:
         reader: asyncio.StreamReader,
         writer: asyncio.StreamWriter,
     ) -> None:
-        async with self._streaming(writer, f"{names.RESUMABLE}: {VERSION}"):
+        model = self.report.models[0]
+        origin = Origin(model.id, model.digest, model.template).header()
+        async with self._streaming(writer, f"{names.RESUMABLE}: {VERSION}", f"{names.ORIGIN}: {origin}"):
             struck = not fault
             for step in script.steps(out):
                 if not struck and step.count > at:

@@ -7,10 +7,10 @@ from typing import Any
 
 from llmgate.core.candidate import Candidate
 from llmgate.core.fleet import Fleet, Listed, Reported
-from llmgate.core.seats import Origin, Seat, heirs, seats
+from llmgate.core.seats import Seat, heirs, origin_of, seats
 from llmgate.listing import Address
 from llmnode.wire.node import Model, Report, State
-from llmnode.wire.resume import VERSION
+from llmnode.wire.resume import VERSION, Origin
 
 TINY = Model("tiny", digest="d1", template="t1", n_ctx=100)
 ORIGIN = Origin("tiny", "d1", "t1")
@@ -35,7 +35,7 @@ def test_only_the_same_model_and_format_may_go_on() -> None:
     nodes = fleet(
         a={}, same={}, digest={"digest": "d2"}, unknown={"digest": ""}, template={"template": "t2"}, old={"resume": 0}
     )
-    assert Origin.of(nodes.nodes["a"], "tiny") == ORIGIN
+    assert origin_of(nodes.nodes["a"], "tiny") == ORIGIN
     able = heirs(nodes, ranked("unknown", "digest", "same", "template", "old", "a", "unlisted"), ORIGIN)
     assert [seat.name for seat in able] == ["same", "a"]
     assert able[0] == Seat("same", "boot-same", 100)
@@ -47,7 +47,7 @@ def test_who_was_not_ranked_may_not_go_on() -> None:
 
 def test_without_a_digest_or_the_format_there_is_no_origin() -> None:
     nodes = fleet(a={"digest": ""}, b={"resume": VERSION + 1}, c={"id": "other"})
-    assert [Origin.of(node, "tiny") for node in nodes.nodes.values()] == [None, None, None]
+    assert [origin_of(node, "tiny") for node in nodes.nodes.values()] == [None, None, None]
     assert heirs(nodes, ranked("a", "b", "c"), None) == ()
 
 

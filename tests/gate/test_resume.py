@@ -14,7 +14,7 @@ import pytest
 from llmnode.wire import sse
 from llmnode.wire.headers import RESUMABLE
 from llmnode.wire.node import State
-from llmnode.wire.resume import PATH, Fixed, Resume
+from llmnode.wire.resume import PATH, Fixed, Origin, Resume
 from tests.conftest import Start
 from tests.gate.conftest import GateUnderTest
 from tests.gate.mock_answer import Script
@@ -215,6 +215,20 @@ def test_a_clients_own_error_late_in_a_stream_is_handed_on(fleet: Fleet) -> None
     assert answer.content.endswith(b'"code":"invalid_value"}}\n\n')
     assert b"[DONE]" not in answer.content
     assert fleet.resumes() == []
+
+
+def test_a_node_that_came_back_with_other_weights_begins_for_those(fleet: Fleet) -> None:
+    """Between two polls: the gate learns it from the answer, and whoever has these weights goes on."""
+    d, e = (fleet.nodes[name] for name in ALONE)
+    before, d.hold = d.report, "poll"
+    d.say(models=e.report.models, boot="another")
+    d.fault, d.at = "error", 3
+    try:
+        answers = [fleet.ask("alone").content for _ in ALONE]  # once at least d is the one to begin
+    finally:
+        d.report, d.hold = before, ""
+    assert {(heir, resume.origin) for heir, resume in fleet.resumes()} == {("e", Origin("alone", "d2", "t1"))}
+    assert all(answer.endswith(sse.DONE) for answer in answers)
 
 
 def test_the_only_node_is_waited_for_and_no_other_version_goes_on(fleet: Fleet) -> None:

@@ -15,7 +15,7 @@ from typing import Any
 import httpx
 
 from llmnode.wire import headers, sse
-from llmnode.wire.resume import HANDOVER, PATH, Committed, Fixed, Resume, read_marker
+from llmnode.wire.resume import HANDOVER, PATH, Committed, Fixed, Origin, Resume, read_marker
 from tests.processes import Program
 
 FIXED = Fixed("r1-A_z", 1_900_000_000, 4_000_000_000)
@@ -76,7 +76,7 @@ def begun(node: Program, path: str, body: dict[str, Any], fixed: Fixed = FIXED) 
 def envelope(
     path: str, body: dict[str, Any], ids: Sequence[Sequence[int]], fixed: Fixed = FIXED, model: str = "m"
 ) -> bytes:
-    return Resume(path, model, "", fixed, tuple(map(tuple, ids)), json.dumps(body).encode()).write()
+    return Resume(path, Origin(model, "", ""), fixed, tuple(map(tuple, ids)), json.dumps(body).encode()).write()
 
 
 def resumed(node: Program, data: bytes) -> list[bytes]:

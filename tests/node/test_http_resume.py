@@ -27,7 +27,7 @@ from llmnode.engine.types import Sampling
 from llmnode.settings import HANDBOOK
 from llmnode.wire import headers
 from llmnode.wire.node import Report
-from llmnode.wire.resume import Resume, read_marker
+from llmnode.wire.resume import Origin, Resume, read_marker
 from tests.conftest import Start
 from tests.node.stitching import FIXED, Heard, begun, envelope, heard, joined, opened, resumed
 from tests.processes import Program, wait_for
@@ -210,8 +210,15 @@ def test_an_envelope_that_makes_no_sense_is_refused_by_name(second: Program) -> 
     old = good.write().replace(b'"version":1', b'"version":0')
     assert "version" in refusal(second, old, 400)["message"]
     assert refusal(second, replace(good, path="/v1/models").write(), 400)["param"] == "path"
-    assert refusal(second, replace(good, model="other").write(), 404)["code"] == "model_not_found"
-    assert refusal(second, replace(good, digest="0" * 32).write(), 409)["code"] == "model_differs"
+    assert refusal(second, replace(good, origin=Origin("other", "", "")).write(), 404)["code"] == "model_not_found"
+    for what in ("digest", "template"):
+        other = replace(good, origin=replace(good.origin, **{what: "0" * 32}))
+        assert refusal(second, other.write(), 409) | {"message": ""} == {
+            "message": "",
+            "type": "invalid_request_error",
+            "param": what,
+            "code": "model_differs",
+        }
     for ids in (((97,), (98,)), ((999,),), ((97,) * 21,), ((97, 257, 97),)):
         assert refusal(second, replace(good, ids=ids).write(), 400)["param"] == "ids"
     assert refusal(second, replace(good, body=b'{"messages": 1}').write(), 400)["param"] == "messages"
@@ -227,7 +234,11 @@ def test_a_node_says_what_it_takes_to_resume_its_answers(second: Program) -> Non
     assert report.resume == 1
     assert len(model.digest) == 32 and model.digest == FakeBackend(Room(1, 8, 8, 8)).info.digest
     assert model.template == f"model:{ChatTemplate(FakeBackend(Room(1, 8, 8, 8)).info.chat_template).fingerprint}"
-    frames = resumed(second, replace(Resume.parse(envelope(CHAT, ASKED, [])), digest=model.digest).write())
+    said = {headers.RESUMABLE: FIXED.header()}
+    with httpx.stream("POST", second.url + CHAT, json=ASKED, headers=said, timeout=60) as answer:
+        origin = Origin.parse(answer.headers[headers.ORIGIN])
+    assert origin == Origin(model.id, model.digest, model.template)
+    frames = resumed(second, replace(Resume.parse(envelope(CHAT, ASKED, [])), origin=origin).write())
     assert heard(frames).ended
 
 
@@ -284,13 +295,14 @@ def test_a_real_model_goes_on_in_its_own_words(start_module: Start) -> None:
     scorer = llama.load(LlamaOptions(HANDBOOK, threads=1, slots=1, n_ctx=512))
     prompt = [*scorer.tokenize("What is a slot? A slot is", special=True)]
     body = {"prompt": prompt, "max_tokens": 40, "temperature": 0, "stream": True, "logprobs": 0}
-    digest = Report.parse(httpx.get(first.url + "/node", timeout=10).json()).models[0].digest
-    assert digest
+    (model,) = Report.parse(httpx.get(first.url + "/node", timeout=10).json()).models
+    assert model.digest
+    origin = Origin(model.id, model.digest, model.template)
     frames = begun(first, COMPLETION, body)
     cuts = [at + 1 for at, frame in enumerate(frames) if read_marker(frame)]
     for cut in (0, cuts[0], cuts[len(cuts) // 2], cuts[-1]):
         client = heard(frames[:cut])
-        data = replace(Resume.parse(envelope(COMPLETION, body, client.committed.ids())), digest=digest).write()
+        data = replace(Resume.parse(envelope(COMPLETION, body, client.committed.ids())), origin=origin).write()
         heard(resumed(other, data), client)
         (ids,) = client.committed.ids()
         assert is_credible(rescored(scorer, tuple(prompt), ids), ids)

@@ -9,9 +9,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmnode.wire import sse
-from llmnode.wire.resume import HANDOVER, Committed, Fixed, Marker, Resume, check_choices, marker, read_marker
+from llmnode.wire.resume import HANDOVER, Committed, Fixed, Marker, Origin, Resume, check_choices, marker, read_marker
 
 FIXED = Fixed("abc-1_Z", 1_700_000_000, 2**32 - 2)
+ORIGIN = Origin("tiny", "d1", "t1")
 ids = st.lists(st.integers(0, 2**31 - 1), max_size=20).map(tuple)
 
 
@@ -31,7 +32,7 @@ def test_a_malformed_header_is_refused(text: str) -> None:
 
 @given(st.lists(ids, max_size=4).map(tuple), st.binary(max_size=200))
 def test_a_resume_is_read_as_it_was_written(rows: tuple[tuple[int, ...], ...], body: bytes) -> None:
-    resume = Resume("/v1/chat/completions", "tiny", "d1", FIXED, rows, body)
+    resume = Resume("/v1/chat/completions", ORIGIN, FIXED, rows, body)
     assert Resume.parse(resume.write()) == resume
 
 
@@ -42,6 +43,7 @@ def test_a_resume_is_read_as_it_was_written(rows: tuple[tuple[int, ...], ...], b
         ({"path": None}, "path"),
         ({"model": 3}, "model"),
         ({"digest": None}, "digest"),
+        ({"template": 1}, "template"),
         ({"ids": [[-1]]}, "ids"),
         ({"ids": [["a"]]}, "ids"),
         ({"ids": None}, "ids"),
@@ -52,9 +54,28 @@ def test_a_resume_is_read_as_it_was_written(rows: tuple[tuple[int, ...], ...], b
     ],
 )
 def test_a_wrong_resume_names_its_field(change: dict[str, object], named: str) -> None:
-    head, _, body = Resume("/p", "tiny", "d1", FIXED, ((1, 2),), b"{}").write().partition(b"\n")
+    head, _, body = Resume("/p", ORIGIN, FIXED, ((1, 2),), b"{}").write().partition(b"\n")
     with pytest.raises(ValueError, match=named):
         Resume.parse(json.dumps(json.loads(head) | change).encode() + b"\n" + body)
+
+
+def test_a_resume_of_the_release_before_names_no_template() -> None:
+    head, _, body = Resume("/p", ORIGIN, FIXED, ((1, 2),), b"{}").write().partition(b"\n")
+    older = {name: value for name, value in json.loads(head).items() if name != "template"}
+    assert Resume.parse(json.dumps(older).encode() + b"\n" + body).origin == Origin("tiny", "d1", "")
+
+
+@given(st.text(), st.text(), st.text())
+def test_an_origin_is_read_as_it_was_written_whatever_its_names(model: str, digest: str, template: str) -> None:
+    text = Origin(model, digest, template).header()
+    assert text.isascii() and text.isprintable()
+    assert Origin.parse(text) == Origin(model, digest, template)
+
+
+@pytest.mark.parametrize("text", ["", "d1", "[]", "{}", '{"model": "m", "digest": 1, "template": ""}'])
+def test_a_malformed_origin_is_refused(text: str) -> None:
+    with pytest.raises(ValueError, match=r"origin|must be a string"):
+        Origin.parse(text)
 
 
 @pytest.mark.parametrize("data", [b"", b"{}", b"[]\n", b"{\n", b"1\nx"])
