@@ -260,8 +260,10 @@ async def _asks(
 def _writers(served: Served, shape: Shape, options: Options) -> tuple[LogprobWriter, ...]:
     if options.logprobs is None:
         return ()
+    endless = options.ignore_eos and options.constraint is None  # a grammar says itself where its answer ends
+    pieces, ends = served.backend.pieces, () if endless else served.backend.end_tokens
     return tuple(
-        LogprobWriter(served.backend.pieces, chat=shape.chat, top=options.logprobs) for _ in range(options.choices)
+        LogprobWriter(pieces, chat=shape.chat, top=options.logprobs, ends=ends) for _ in range(options.choices)
     )
 
 

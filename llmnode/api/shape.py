@@ -7,7 +7,7 @@ Source of names and shapes: OpenAI's API reference.
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,14 +31,17 @@ class LogprobWriter:
     """The `logprobs` object of one choice, piece by piece: pieces put together say what one call over all would.
 
     pieces: bytes of each token as text.        top: how many alternatives were asked for.
+    ends: tokens that end this answer.
 
-    A token that is half a character is written with its bytes escaped, as `\\xe2\\x82`. A control token has no text: as
-    an alternative it is written as `token_id:ID`, the way vLLM names tokens by their ids, with `bytes` null; as part of
-    the answer (the one that ends it, mostly) it is left out, as OpenAI does, so that tokens and text agree.
+    Every token is listed that the answer goes on from: but for one of `ends`, which is no part of it. A token that is
+    half a character is written with its bytes escaped, as `\\xe2\\x82`. A control token has no text: it is written as
+    `token_id:ID`, the way vLLM names tokens by their ids, with `bytes` null. As part of an answer it is rare: a model
+    that goes on past its end because it must (`ignore_eos`), or that says another one of them of its own accord.
     """
 
-    def __init__(self, pieces: Sequence[bytes], *, chat: bool, top: int) -> None:
+    def __init__(self, pieces: Sequence[bytes], *, chat: bool, top: int, ends: Collection[int]) -> None:
         self._pieces = pieces
+        self._ends = ends
         self._chat = chat
         self._top = top
         self._offset = 0
@@ -46,7 +49,7 @@ class LogprobWriter:
 
     def write(self, logprobs: Sequence[Logprob]) -> dict[str, Any]:
         """The object for these tokens, which come after those of the calls before."""
-        logprobs = [one for one in logprobs if self._pieces[one.token]]
+        logprobs = [one for one in logprobs if one.token not in self._ends]
         if self._chat:
             return {"content": [self._entry(one) for one in logprobs], "refusal": None}
         return {

@@ -10,6 +10,7 @@ from typing import Any
 import httpx
 import pytest
 
+from llmnode.engine.fake import END
 from tests.conftest import Start
 from tests.processes import Program
 
@@ -305,9 +306,28 @@ def test_logprobs_streamed_are_those_of_the_body(fake: Program) -> None:
         parts = [c["choices"][0]["logprobs"] for c in chunks if c["choices"][0]["index"] == choice["index"]]
         for name, expected in choice["logprobs"].items():
             assert [one for part in parts if part for one in part[name]] == expected
-        assert "".join(choice["logprobs"]["tokens"]) == choice["text"]
-        assert choice["logprobs"]["text_offset"] == list(range(len(choice["text"])))
+        assert len(choice["logprobs"]["tokens"]) == LIMITS["max_tokens"]
+        text, places = "", []
+        for token in choice["logprobs"]["tokens"]:
+            places.append(len(text))
+            text += "" if token.startswith("token_id:") else token
+        assert text == choice["text"]
+        assert choice["logprobs"]["text_offset"] == places
         assert all(2 <= len(top) <= 3 for top in choice["logprobs"]["top_logprobs"])
+
+
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_logprobs_list_each_token_but_the_one_that_ends_the_answer(fake: Program, ignore_eos: bool) -> None:
+    likely = {str(END): 7.0}  # the model's end, about every other token
+    asked = {"messages": MESSAGES, "logprobs": True, "logit_bias": likely, "max_tokens": 30, "ignore_eos": ignore_eos}
+    for seed in range(5):
+        whole = post(fake, "/v1/chat/completions", {**asked, "seed": seed}).json()
+        (choice,) = whole["choices"]
+        listed = [one["token"] for one in choice["logprobs"]["content"]]
+        assert "".join(token for token in listed if token != f"token_id:{END}") == choice["message"]["content"]
+        assert (f"token_id:{END}" in listed) == ignore_eos
+        assert choice["finish_reason"] == ("length" if ignore_eos else "stop")
+        assert whole["usage"]["completion_tokens"] - len(listed) == (0 if ignore_eos else 1)
 
 
 def test_an_answer_matches_its_grammar(node: Program) -> None:

@@ -61,7 +61,11 @@ def streamed(batches: Sequence[Sequence[tuple[int, Event]]], shape: Shape = CHAT
 
     async def main() -> list[bytes]:
         box = mailbox(choices)
-        writers = [LogprobWriter(PIECES, chat=shape.chat, top=top) for _ in range(choices)] if top is not None else []
+        writers = (
+            [LogprobWriter(PIECES, chat=shape.chat, top=top, ends=()) for _ in range(choices)]
+            if top is not None
+            else []
+        )
         reader = asyncio.ensure_future(
             collect(stream.frames(box, Telling(Chunks(shape, style, writers), style, marks)))
         )
@@ -148,7 +152,9 @@ def test_a_stream_and_a_body_report_the_same_logprobs(shape: Shape) -> None:
         for event in [*events, done(3)]:
             box.put(0, event)
         answers, usage = await stream.whole(box)
-        return shape.whole(answers, usage, [LogprobWriter(PIECES, chat=shape.chat, top=1)])["choices"][0]["logprobs"]
+        return shape.whole(answers, usage, [LogprobWriter(PIECES, chat=shape.chat, top=1, ends=())])["choices"][0][
+            "logprobs"
+        ]
 
     expected = run(whole())
     one_by_one = [[(0, event)] for event in [*events, done(3)]]

@@ -375,7 +375,7 @@ DRAWN = (
 
 def test_a_chat_reports_logprobs_in_openais_shape() -> None:
     (body,) = CHAT.whole(
-        [Answer("He€!", Finish.STOP, DRAWN)], USAGE, [LogprobWriter(PIECES, chat=True, top=2)]
+        [Answer("He€!", Finish.STOP, DRAWN)], USAGE, [LogprobWriter(PIECES, chat=True, top=2, ends={4})]
     )["choices"]  # fmt: skip
     assert set(body["logprobs"]) == {"content", "refusal"}
     first, half, rest, last = body["logprobs"]["content"]
@@ -397,7 +397,7 @@ def test_a_chat_reports_logprobs_in_openais_shape() -> None:
 
 def test_a_completion_reports_logprobs_in_openais_older_shape() -> None:
     answer = Answer("He€!", Finish.STOP, DRAWN)
-    (body,) = TEXT.whole([answer], USAGE, [LogprobWriter(PIECES, chat=False, top=2)])["choices"]
+    (body,) = TEXT.whole([answer], USAGE, [LogprobWriter(PIECES, chat=False, top=2, ends={4})])["choices"]
     assert body["logprobs"] == {
         "tokens": ["He", "bytes:\\xe2\\x82", "bytes:\\xac", "!"],
         "token_logprobs": [-0.5, -3.0, -9999.0, 0.0],
@@ -409,15 +409,24 @@ def test_a_completion_reports_logprobs_in_openais_older_shape() -> None:
         ],
         "text_offset": [0, 2, 2, 3],
     }
-    (bare,) = TEXT.whole([answer], USAGE, [LogprobWriter(PIECES, chat=False, top=0)])["choices"]
+    (bare,) = TEXT.whole([answer], USAGE, [LogprobWriter(PIECES, chat=False, top=0, ends={4})])["choices"]
     assert bare["logprobs"]["top_logprobs"] is None
+
+
+def test_a_control_token_that_an_answer_goes_on_past_is_listed_by_its_id() -> None:
+    chat = LogprobWriter(PIECES, chat=True, top=0, ends=()).write(DRAWN)
+    assert [one["token"] for one in chat["content"]] == ["He", "\\xe2\\x82", "\\xac", "!", "token_id:4"]
+    assert (chat["content"][-1]["token"], chat["content"][-1]["bytes"]) == ("token_id:4", None)
+    text = LogprobWriter(PIECES, chat=False, top=2, ends=()).write(DRAWN)
+    assert (text["tokens"][-1], text["text_offset"][-1]) == ("token_id:4", 4)
+    assert text["top_logprobs"][-1] == {"token_id:4": -0.1, "He": -3.0}
 
 
 @pytest.mark.parametrize("chat", [True, False])
 def test_logprobs_in_pieces_are_those_of_the_whole(chat: bool) -> None:
-    whole = LogprobWriter(PIECES, chat=chat, top=2).write(DRAWN)
+    whole = LogprobWriter(PIECES, chat=chat, top=2, ends={4}).write(DRAWN)
     for cut in range(len(DRAWN) + 1):
-        writer = LogprobWriter(PIECES, chat=chat, top=2)
+        writer = LogprobWriter(PIECES, chat=chat, top=2, ends={4})
         parts = [writer.write(DRAWN[:cut]), writer.write(DRAWN[cut:])]
         for name, value in whole.items():
             if isinstance(value, list):
