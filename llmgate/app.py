@@ -228,7 +228,8 @@ class Gate:
                 self._stop.set()
             elif order is Order.HURRY:
                 self._hurry.set()
-        if self._line.ended and not self._stop.is_set():
+        if self._line.ended:
+            # Also while it ends: the end of a line can be read without end, and would keep the loop turning.
             asyncio.get_running_loop().remove_reader(self._line.fileno())
             log.error("the supervisor has died; leaving")
             self._leave()

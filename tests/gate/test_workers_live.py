@@ -10,6 +10,7 @@ import socket
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -38,6 +39,12 @@ def alive(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0] != "Z"
     except OSError:
         return False
+
+
+def cpu_seconds(pid: int) -> float:
+    """What a process has used of the processors until now."""
+    user, system = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[11:13]
+    return (int(user) + int(system)) / os.sysconf("SC_CLK_TCK")
 
 
 def health(gate: GateUnderTest) -> dict[str, Any]:
@@ -231,6 +238,25 @@ def test_workers_do_not_outlive_their_supervisor_but_their_streams_end_whole(cre
     assert stream.end().endswith("data: [DONE]\n\n")
     wait_for(lambda: not any(alive(pid) for pid in workers), "the other one to end")
     assert not Path(folder).exists()
+
+
+def test_a_worker_that_drains_waits_quietly_when_its_supervisor_is_killed(crew: Crew, node: MockNode) -> None:
+    """One was seen at 100% CPU for the rest of its drain: the end of the line can be read without end."""
+    gate = crew(1)
+    (worker,) = children(program(gate))
+    node.fault, node.hold = "wait", "stream"
+    stream = Stream(gate)
+    wait_for(lambda: node.open == 1, "the stream to run")
+    program(gate).signal(signal.SIGTERM)
+    wait_for(lambda: "draining: 1 requests running" in program(gate).output(), "the drain")
+    program(gate).signal(signal.SIGKILL)
+    program(gate).wait()
+    before = cpu_seconds(worker)
+    time.sleep(2)
+    assert cpu_seconds(worker) - before < 0.5
+    node.hold = ""
+    assert stream.end().endswith("data: [DONE]\n\n")
+    wait_for(lambda: not alive(worker), "it to end")
 
 
 def test_a_reload_loses_no_connection_and_cuts_no_stream(crew: Crew, node: MockNode) -> None:
