@@ -31,6 +31,7 @@ from typing import Any
 
 from llmgate import settings as configuration
 from llmgate import supervisor
+from llmgate.core import body as bodies
 from llmgate.core import keys
 from llmgate.core.explanation import columns, explain
 from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
@@ -258,25 +259,19 @@ def _explain(options: argparse.Namespace) -> int:
 def _read_body(path: str) -> dict[str, Any]:
     """A request's body. Raises SettingError."""
     try:
-        body = json.loads(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
+        return bodies.read(sys.stdin.buffer.read() if path == "-" else Path(path).read_bytes())
     except OSError as error:
         raise SettingError(f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, RecursionError) as error:
-        raise SettingError(f"{path} is not valid JSON: {error}") from error
-    if not isinstance(body, dict):
-        raise SettingError(f"{path} must hold a JSON object")
-    return body
+    except ValueError as error:
+        raise SettingError(f"{path} {error}") from error
 
 
 def _asked(body: dict[str, Any], fleet: Fleet) -> str:
-    """The model that a body asks for; the only one there is when it names none. Raises SettingError."""
-    asked, served = body.get("model"), sorted(fleet.models())
-    if asked is None and len(served) == 1:
-        return served[0]
-    if not isinstance(asked, str) or not asked:
-        have = ", ".join(served) or "none"
-        raise SettingError(f"model must be a string, got {asked!r}; models served: {have}")
-    return asked
+    """The model that a body asks for. Raises SettingError."""
+    try:
+        return bodies.asked(body, sorted(fleet.models()))
+    except ValueError as error:
+        raise SettingError(str(error)) from error
 
 
 async def _ask_all(settings: Settings, token: str, nodes: Listing) -> Fleet:

@@ -12,7 +12,6 @@ next. Here is what those decisions take: clock, dice, the fleet as it is now, an
 from __future__ import annotations
 
 import asyncio
-import json
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -150,9 +149,9 @@ class Conversations:
     ) -> HTTPResponse | None:
         key = self._door.who(request)
         record.key = key.name
-        body = _object(request.body)
+        body = _read(request.body)
         fleet = self._view.fleet
-        asked = _model(body, fleet, key)
+        asked = _asked(body, fleet, key)
         record.model = asked[:_LONGEST_NAME]
         record.stream = body.get("stream") is True
         ask = Ask(asked, kinds, Prompt(body), record.id, self._dice(), key)
@@ -378,28 +377,21 @@ def visible(fleet: Fleet, key: Key) -> list[str]:
     return sorted({m.id for m in models if key.may_use(m.id, *m.aliases)})
 
 
-def _object(body: bytes) -> dict[str, Any]:
+def _read(body: bytes) -> dict[str, Any]:
     try:
-        decoded = json.loads(body)
-    except (ValueError, RecursionError) as error:
-        what = "it is nested too deeply" if isinstance(error, RecursionError) else str(error)
-        raise InvalidRequest(f"the request body is not valid JSON: {what}", code="invalid_json") from error
-    if not isinstance(decoded, dict):
-        raise InvalidRequest("the request body must be a JSON object", code="invalid_json")
-    return decoded
+        return bodies.read(body)
+    except ValueError as error:
+        raise InvalidRequest(f"the request body {error}", code="invalid_json") from error
 
 
-def _model(body: Mapping[str, Any], fleet: Fleet, key: Key) -> str:
-    """The model asked for; the only one there is when none is named."""
-    asked = body.get("model")
-    if asked is None:
-        choices = visible(fleet, key)
-        if len(choices) == 1:
-            return choices[0]
-        if not choices and fleet.silent():
-            raise Overloaded("no node has reported its models yet", retry_after=policy.NO_NODE_RETRY_S)
-        have = ", ".join(choices) or "none"
-        raise InvalidRequest(f"model is missing; models served here: {have}", param="model", code="missing_field")
-    if not isinstance(asked, str) or not asked:
-        raise InvalidRequest(f"model must be a string, got {type(asked).__name__}", param="model")
-    return asked
+def _asked(body: Mapping[str, Any], fleet: Fleet, key: Key) -> str:
+    """The model asked for, of those that the key may use the only one when none is named."""
+    served = visible(fleet, key) if body.get("model") is None else []
+    try:
+        return bodies.asked(body, served)
+    except bodies.ModelMissing as error:
+        if not served and fleet.silent():
+            raise Overloaded("no node has reported its models yet", retry_after=policy.NO_NODE_RETRY_S) from None
+        raise InvalidRequest(str(error), param="model", code="missing_field") from None
+    except ValueError as error:
+        raise InvalidRequest(str(error), param="model") from None

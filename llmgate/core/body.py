@@ -1,12 +1,48 @@
-"""A request's body as bytes, and the one change that the gate may make to it: another name for its model."""
+"""A request's body: read once, the model that it asks for, and the one change that the gate may make to its bytes,
+which is another name for that model.
+
+Errors are sentences for whoever sent or wrote the body; where they go, as a 400 or to a terminal, is the caller's.
+"""
 
 from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 _DECODER = json.JSONDecoder()
 _SPACE = re.compile(r"[ \t\n\r]*")
+
+
+class ModelMissing(ValueError):
+    """The body names no model, and there is not exactly one to mean."""
+
+
+def read(body: bytes) -> dict[str, Any]:
+    """The JSON object that a body is. Raises ValueError, whose text goes on from the body's name: "is not ..."."""
+    try:
+        decoded = json.loads(body)
+    except RecursionError:
+        raise ValueError("is not valid JSON: it is nested too deeply") from None
+    except ValueError as error:
+        raise ValueError(f"is not valid JSON: {error}") from error
+    if not isinstance(decoded, dict):
+        raise ValueError("must be a JSON object")
+    return decoded
+
+
+def asked(body: Mapping[str, Any], served: Sequence[str]) -> str:
+    """The model that a body asks for, of those served the only one when it names none. Raises ModelMissing, and
+    ValueError for a name that is none."""
+    name = body.get("model")
+    if name is None:
+        if len(served) == 1:
+            return served[0]
+        raise ModelMissing(f"model is missing; models served: {', '.join(served) or 'none'}")
+    if not isinstance(name, str) or not name:
+        raise ValueError(f"model must be a string of one character or more, got {json.dumps(name)[:80]}")
+    return name
 
 
 def renamed(body: bytes, model: str) -> bytes:

@@ -1,4 +1,4 @@
-"""Another name for the model, and not one other byte."""
+"""What a body asks for, or what is wrong with it; and another name for its model, and not one other byte."""
 
 from __future__ import annotations
 
@@ -9,12 +9,50 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmgate.core.body import renamed
+from llmgate.core.body import ModelMissing, asked, read, renamed
 
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text()
 VALUES = st.recursive(
     SCALARS, lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(), inner, max_size=3), max_leaves=8
 )
+
+
+@given(st.dictionaries(st.text(), VALUES, max_size=3))
+def test_a_body_is_read_as_it_was_written(body: dict[str, Any]) -> None:
+    assert read(json.dumps(body).encode()) == body
+
+
+@pytest.mark.parametrize(
+    ("body", "says"),
+    [
+        (b"", "is not valid JSON"),
+        (b"{", "is not valid JSON"),
+        (b'{"a":"\xff"}', "is not valid JSON"),
+        (b"[" * 100_000, "is not valid JSON: it is nested too deeply"),
+        (b'{"a":' + b"9" * 5000 + b"}", "is not valid JSON"),
+        (b"[1]", "must be a JSON object"),
+        (b"null", "must be a JSON object"),
+    ],
+)
+def test_what_is_no_body_is_told(body: bytes, says: str) -> None:
+    with pytest.raises(ValueError, match=f"^{says}"):
+        read(body)
+
+
+def test_the_only_model_need_not_be_named() -> None:
+    assert asked({}, ["a"]) == asked({"model": None}, ["a"]) == "a"
+    assert asked({"model": "b"}, ["a"]) == asked({"model": "b"}, []) == "b"
+    with pytest.raises(ModelMissing, match="model is missing; models served: a, b"):
+        asked({}, ["a", "b"])
+    with pytest.raises(ModelMissing, match="models served: none"):
+        asked({}, [])
+
+
+@pytest.mark.parametrize("name", [5, "", [], {}, True])
+def test_a_name_that_is_none_is_told(name: Any) -> None:
+    with pytest.raises(ValueError, match="model must be a string of one character or more, got ") as caught:
+        asked({"model": name}, ["a"])
+    assert not isinstance(caught.value, ModelMissing)
 
 
 @pytest.mark.parametrize(

@@ -197,8 +197,8 @@ def test_explain_refuses_what_it_cannot_explain(three: Three, tmp_path: Path) ->
 
     assert "cannot read" in refused(2, str(tmp_path / "none.json"))
     assert "not valid JSON" in refused(2, "-", said="{")
-    assert "must hold a JSON object" in refused(2, "-", said="[]")
-    assert "model must be a string, got 5; models served: tiny" in refused(2, "-", said='{"model":5}')
+    assert "must be a JSON object" in refused(2, "-", said="[]")
+    assert "model must be a string of one character or more, got 5" in refused(2, "-", said='{"model":5}')
     assert "--path" in refused(2, "-", "--path", "/v1/nothing", said="{}")
     assert "No node can take this request." in refused(1, "-", said='{"model":"none"}')
     nodes["a"].stop()
