@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import random
 import shutil
 import signal
@@ -89,7 +90,8 @@ class Gate:
             stale_after_s=settings.stale_after_s,
         )
         self._figures = Figures(Path(post.folder))
-        self._waiting = Waiting(self._view, self._clock, limit=settings.queue_limit, beat_s=KEEPALIVE_S)
+        part = math.ceil(settings.queue_limit / settings.workers)
+        self._waiting = Waiting(self._view, self._clock, limit=part, beat_s=KEEPALIVE_S)
         self._metrics = Metrics(
             lambda: self._view.fleet, self._waiting.lengths, self._clock, settings.stale_after_s, self._figures
         )

@@ -72,7 +72,10 @@ class Settings:
         maximum=100,
     )
     queue_limit: int = setting(
-        256, "requests that may wait here for a node with room, for each model; over it clients get 503", minimum=0
+        256,
+        "requests that may wait here for a node with room, for each model, an equal part of them in each worker; over "
+        "it clients get 503",
+        minimum=0,
     )
     drain_seconds: float = setting(60.0, "on SIGTERM, how long running requests may go on", unit="seconds", minimum=0)
     body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)

@@ -98,7 +98,7 @@ class Waiting:
     """The queues of all models."""
 
     def __init__(self, view: View, clock: Callable[[], float], *, limit: int, beat_s: float) -> None:
-        """`limit`: requests that may wait for one model."""
+        """`limit`: requests that may wait for one model in this process."""
         self._view, self._clock, self._limit, self._beat_s = view, clock, limit, beat_s
         self._lines: dict[str, _Line] = {}
         self._woken = False
@@ -212,7 +212,7 @@ class Waiting:
         elif len(line.waiters) > self._limit:
             surplus = line.queue.surplus()
             reason = "full" if surplus is ticket else "displaced"
-            message = f"{self._limit} requests wait for this model, which is the most that may"
+            message = f"{self._limit} requests wait for this model, which is the most that may in one worker"
             self._turn_away(line, surplus, reason, message, line.pace.wait(line.queue.ahead(surplus), now))
 
     def _turn_away(self, line: _Line, ticket: Ticket, reason: str, message: str, wait: float) -> None:

@@ -12,6 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -220,6 +221,30 @@ def test_a_lease_taken_through_one_worker_is_seen_by_all(crew: Crew) -> None:
         assert clients[1].delete("/admin/nodes/a/drain", params={"owner": "me"}).json()["released"]
         for client in clients:
             wait_for(lambda client=client: client.get("/admin/nodes/a").json()["usable"], "the end of it")  # type: ignore[misc]
+
+
+def test_workers_divide_the_queue_limit_between_them(crew: Crew, node: MockNode) -> None:
+    node.say(load={"slots": 1, "running": 1, "waiting": 1})
+    gate = crew(2, "--queue-limit", "3")
+    with ExitStack() as stack, ThreadPoolExecutor() as pool:
+        clients: dict[int, list[httpx.Client]] = {}
+
+        def another() -> list[httpx.Client] | None:
+            client = stack.enter_context(patient_client(gate))
+            found = clients.setdefault(client.get("/health").json()["pid"], [])
+            found.append(client)
+            return found if len(found) == 3 else None
+
+        three = wait_for(another, "three connections to one worker")
+        wait_for(lambda: three[0].get("/admin/nodes/a").json()["load"]["waiting"] == 1, "the node to be full")
+        answers = [pool.submit(client.post, "/v1/chat/completions", json=BODY) for client in three]
+        wait_for(lambda: any(answer.done() for answer in answers), "one too many")
+        refused = next(answer for answer in answers if answer.done()).result()
+        assert (refused.status_code, refused.json()["error"]["code"]) == (503, "overloaded")
+        assert "2 requests wait for this model" in refused.json()["error"]["message"]
+        assert sum(answer.done() for answer in answers) == 1
+        node.say(load={"running": 0, "waiting": 0})
+        assert sorted(answer.result().status_code for answer in answers) == [200, 200, 503]
 
 
 def test_workers_do_not_outlive_their_supervisor_but_their_streams_end_whole(crew: Crew, node: MockNode) -> None:
