@@ -251,7 +251,7 @@ def _explain(options: argparse.Namespace) -> int:
     logs.setup("warning")
     token = configuration.read_fleet_token(settings)
     fleet = asyncio.run(_ask_all(settings, token, configuration.read_nodes(settings)))
-    ask = Ask(_asked(body, fleet), USES[options.path], Prompt(body), dice=random.getrandbits(64))
+    ask = Ask(_asked(body, fleet), USES[options.path], Prompt(body, options.path), dice=random.getrandbits(64))
     page, anybody = explain(fleet, ask, 0.0, settings.stale_after_s)
     return OK if printed(page) and anybody else NO
 

@@ -154,7 +154,7 @@ class Conversations:
         asked = _asked(body, fleet, key)
         record.model = asked[:_LONGEST_NAME]
         record.stream = body.get("stream") is True
-        ask = Ask(asked, kinds, Prompt(body), record.id, self._dice(), key)
+        ask = Ask(asked, kinds, Prompt(body, request.path), record.id, self._dice(), key)
         choice = self._choose(ask)
         record.route = choice.why
         if choice.model is not None:

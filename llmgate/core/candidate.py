@@ -15,7 +15,6 @@ from llmgate.core.cost import Cost
 from llmgate.core.fleet import Fleet, Node
 from llmgate.core.prompt import Prompt
 from llmgate.listing import Labels
-from llmnode.wire import chain
 from llmnode.wire.chain import Chain
 from llmnode.wire.node import Model
 
@@ -94,7 +93,7 @@ def with_chains(
 def _with_chain(candidate: Candidate, node: Node, model: str, prompt: Prompt, now: float) -> Candidate:
     served = node.model(model)
     assert served is not None, "a candidate serves the model"
-    made = prompt.chain(chain.salt(served.id, served.template))
+    made = prompt.chain(served)
     return dataclasses.replace(candidate, cost=cost.of(node, made, now), chain=made)
 
 

@@ -69,7 +69,7 @@ class Ask:
 
     model: str
     kinds: frozenset[str]
-    prompt: Prompt = field(default_factory=lambda: Prompt({}))
+    prompt: Prompt = field(default_factory=lambda: Prompt({}, ""))
     request: str = ""
     dice: int = 0
     key: Key = ANONYMOUS

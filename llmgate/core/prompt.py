@@ -11,22 +11,24 @@ from typing import Any
 
 from llmnode.wire import chain
 from llmnode.wire.chain import Chain
+from llmnode.wire.node import Model
 
 NOTHING = Chain((), 0, 0)
 """The chain of a request that has neither messages nor a prompt, e.g. for embeddings."""
 
 
 class Prompt:
-    """The prompt of one decoded request body."""
+    """The prompt of one decoded request body, sent to `path`."""
 
-    def __init__(self, body: Mapping[str, Any]) -> None:
-        self._body = body
+    def __init__(self, body: Mapping[str, Any], path: str) -> None:
+        self._body, self._path = body, path
         self._chains: dict[str, Chain] = {}
 
-    def chain(self, salt: str) -> Chain:
-        """Its chain for nodes of this salt. Hashes it the first time: about 1 us for each 256 bytes."""
+    def chain(self, model: Model) -> Chain:
+        """Its chain at nodes that serve this model. Hashes it the first time: about 1 us for each 256 bytes."""
         if self._body.get("messages") is None and self._body.get("prompt") is None:
             return NOTHING
+        salt = chain.salt(model.id, model.template, self._path)
         found = self._chains.get(salt)
         if found is None:
             found = self._chains[salt] = chain.of_request(self._body, salt)

@@ -132,7 +132,7 @@ async def _answer(request: Request, serving: Serving, served: Served, order: _Or
         return {"result": answers[0].text} if endpoint.bare else shape.whole(answers, usage, writers)
 
     with _param(endpoint.field):
-        asks = await _asks(serving, served, asked, created, deadline, replayed)
+        asks = await _asks(serving, served, asked, endpoint, created, deadline, replayed)
         if fixed is None and not options.stream:
             with serving.answer(served, asks) as (mailbox, meter):
                 request.ctx.meter = meter
@@ -231,6 +231,7 @@ async def _asks(
     serving: Serving,
     served: Served,
     asked: Asked,
+    endpoint: Endpoint,
     created: int,
     deadline: float,
     replayed: tuple[tuple[int, ...], ...],
@@ -238,7 +239,7 @@ async def _asks(
     """One ask for each choice. They differ in their seeds, in their tags and in what is out of them already: the engine
     computes what they share once."""
     options = asked.options
-    prompt, grammar, prefixes = await serving.prepare(served, asked, created)
+    prompt, grammar, prefixes = await serving.prepare(served, asked, created, endpoint.path)
     first = Ask(
         prompt=prompt,
         sampling=options.sampling,

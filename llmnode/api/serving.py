@@ -184,16 +184,16 @@ class Serving:
                 self._ended(served, ask, mailbox.texts[choice], mailbox.ends.get(choice))
 
     async def prepare(
-        self, served: Served, request: ChatRequest | CompletionRequest, created: int
+        self, served: Served, request: ChatRequest | CompletionRequest, created: int, path: str
     ) -> tuple[tuple[int, ...], Grammar | None, list[Prefix]]:
-        """Token ids of a request, its compiled constraint, and what each choice is to the gate; computed off the event
-        loop."""
+        """Token ids of a request to `path`, its compiled constraint, and what each choice is to the gate; computed off
+        the event loop."""
 
         def work() -> tuple[tuple[int, ...], Grammar | None, Prefix]:
             prompt, grammar = served.prepare(request, created)
-            return prompt, grammar, prefix(request, len(prompt), salt(self.settings.served_id, template))
+            return prompt, grammar, prefix(request, len(prompt), salt(model.id, model.template, path))
 
-        template = self._model(served).template
+        model = self._model(served)
         prompt, grammar, known = await asyncio.get_running_loop().run_in_executor(self._executor, work)
         return prompt, grammar, self.residency.asked(known, request.options.choices)
 

@@ -4,8 +4,8 @@ A conversation is written down as records (a JSON array would end in a bracket a
 tools first, then each message. A record's length comes behind it: before it, two messages that begin with the same
 document and go on with different questions would share nothing. The bytes are cut in blocks of `BLOCK`; each whole
 block is hashed together with the hash before it. So one hash stands for everything up to the end of its block: two
-requests share so many blocks from the start, and a set of hashes says all that a node holds. The salt keeps models and
-templates apart.
+requests share so many blocks from the start, and a set of hashes says all that a node holds. The salt keeps models,
+templates and endpoints apart.
 
 Hash: BLAKE2b of 8 bytes, keyed by nothing, since it is in the standard library and takes 0.7 us a block; a client that
 looks for collisions could at most mislead routing, never an answer.
@@ -53,10 +53,11 @@ class Chain:
         return 0
 
 
-def salt(model: str, template: str) -> str:
-    """What keeps chains of different models, or of one model under different chat templates, apart: `Model.id` and
-    `Model.template` of the node's report."""
-    return f"{model}\0{template}"
+def salt(model: str, template: str, path: str) -> str:
+    """What keeps chains apart that stand for different tokens: of different models, of one model under different chat
+    templates, and of one text that is the prompt itself at one endpoint and a user's message at another. `Model.id` and
+    `Model.template` of the node's report, and the path that the request was sent to."""
+    return f"{model}\0{template}\0{path}"
 
 
 def of_request(body: Mapping[str, Any], salt: str) -> Chain:

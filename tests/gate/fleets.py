@@ -13,8 +13,9 @@ from llmnode.wire.chain import Chain
 from llmnode.wire.node import Cache, Load, Model, Report, State
 
 NOW, STALE = 100.0, 3.0
+PATH = "/v1/chat/completions"
 CHAT = frozenset({"chat"})
-SALT = chain.salt("tiny", "")
+SALT = chain.salt("tiny", "", PATH)
 
 
 def body(*turns: str, model: str = "tiny", system: str = "") -> dict[str, Any]:
@@ -25,7 +26,7 @@ def body(*turns: str, model: str = "tiny", system: str = "") -> dict[str, Any]:
 
 
 def ask(*turns: str, model: str = "tiny", system: str = "", **fields: Any) -> Ask:
-    return Ask(model, CHAT, Prompt(body(*turns, model=model, system=system)), **fields)
+    return Ask(model, CHAT, Prompt(body(*turns, model=model, system=system), PATH), **fields)
 
 
 def chain_of(*turns: str, system: str = "") -> Chain:

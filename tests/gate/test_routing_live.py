@@ -55,7 +55,7 @@ def asked(gate: GateUnderTest, *turns: str) -> str:
 def tell(gate: GateUnderTest, node: MockNode, *turns: str, **load: Any) -> None:
     """Let the node say that it holds this conversation, and wait until the gate has heard it."""
     model = node.report.models[0]
-    held = chain.of_request(body(*turns), chain.salt(model.id, model.template))
+    held = chain.of_request(body(*turns), chain.salt(model.id, model.template, "/v1/chat/completions"))
     seen = node.report.load.kv_cells + 1
     node.say(cache=Cache(chain.pack(held.blocks)), load={"kv_cells": seen, **load})
     gate.wait_node(node.name, lambda shown: shown["load"]["kv_cells"] == seen)

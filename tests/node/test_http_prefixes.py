@@ -37,11 +37,11 @@ def said(node: Program) -> Report:
     return Report.parse(httpx.get(node.url + "/node", timeout=10).json())
 
 
-def depth(node: Program, body: dict[str, Any]) -> int:
+def depth(node: Program, body: dict[str, Any], path: str = CHAT) -> int:
     """How many blocks of a request the node holds, as a gate finds it out."""
     report = said(node)
     (model,) = report.models
-    found = chain.of_request(body, chain.salt(model.id, model.template))
+    found = chain.of_request(body, chain.salt(model.id, model.template, path))
     return found.depth(chain.unpack(report.cache.blocks))
 
 
@@ -97,10 +97,11 @@ def test_a_text_is_told_as_far_as_another_request_could_go_on_with_it(node: Prog
     body = {"prompt": "Once upon a time " * 50, "max_tokens": 300, "logit_bias": NO_END}
     text = post(node, COMPLETION, body)["choices"][0]["text"]
     longer = {"prompt": body["prompt"] + text + "!" * BLOCK}
-    wait_for(lambda: depth(node, longer) == (850 + 300) // BLOCK, "the text to be told")
+    wait_for(lambda: depth(node, longer, COMPLETION) == (850 + 300) // BLOCK, "the text to be told")
     twice = {"prompt": "Twice " + body["prompt"], "max_tokens": 300, "logit_bias": NO_END}
     post(node, INFERENCE, twice)
-    assert depth(node, twice) == 856 // BLOCK
+    assert depth(node, twice, INFERENCE) == 856 // BLOCK
+    assert depth(node, twice, COMPLETION) == 0  # where the same text is no message
 
 
 def test_an_answer_that_began_elsewhere_is_told_whole(node: Program) -> None:

@@ -23,7 +23,7 @@ from llmnode.wire import chain
 from llmnode.wire.chain import BLOCK, Chain
 from tests.node.engine_rig import Answer, running, until
 
-SALT = chain.salt("fake", "default")
+SALT = chain.salt("fake", "default", "/v1/chat/completions")
 Messages = list[dict[str, Any]]
 
 

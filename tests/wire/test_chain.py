@@ -94,7 +94,15 @@ def test_a_prompt_that_is_gone_on_with_begins_with_what_the_node_says_it_holds()
 
 
 def test_models_and_templates_have_salts_of_their_own() -> None:
-    assert len({chain.salt("a", "b"), chain.salt("ab", ""), chain.salt("", "ab"), chain.salt("b", "a")}) == 4
+    salts = {chain.salt(*names) for names in (("a", "b", "c"), ("ab", "", "c"), ("", "ab", "c"), ("b", "a", "c"))}
+    assert len(salts) == 4
+
+
+def test_one_text_at_two_endpoints_has_two_chains() -> None:
+    """It is the prompt itself at one, and a user's message at the other: other tokens, of which none are shared."""
+    body = {"prompt": "p" * 1000}
+    ways = [chain.of_request(body, chain.salt("m", "t", path)) for path in ("/v1/completions", "/inference")]
+    assert ways[0].depth(set(ways[1].blocks)) == 0
 
 
 paths = st.lists(st.integers(0, 1) | st.sampled_from([[0] * 60, [1] * 90]), max_size=30)
