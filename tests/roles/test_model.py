@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import http.server
-import importlib.util
 import json
 import os
 import re
@@ -18,10 +17,11 @@ import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
+
+from tests.roles.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 FILES = ROOT / "roles/llmrack_model/files"
@@ -31,15 +31,7 @@ REVISION = "a" * 40
 TOKEN = "hub-token-of-the-test"
 
 
-def load(name: str) -> ModuleType:
-    spec = importlib.util.spec_from_file_location(name, FILES / f"{name}.py")
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
-
-
-catalogue, placement = load("catalogue"), load("placement")
+catalogue, placement = load("llmrack_model", "catalogue"), load("llmrack_model", "placement")
 
 
 class Source(http.server.ThreadingHTTPServer):

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
@@ -13,19 +12,12 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tests.roles.programs import load
+
 PROGRAM = Path(__file__).resolve().parents[2] / "roles/llmnode/files/placement.py"
 
 
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("llmnode_placement", PROGRAM)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["llmnode_placement"] = module
-    spec.loader.exec_module(module)
-    return module
-
-
-placement = _load()
+placement = load("llmnode", "placement")
 GIB = placement.GIB
 Gpu, Rack, Want, Placed = placement.Gpu, placement.Rack, placement.Want, placement.Placed
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,14 @@ import yaml
 
 from tests.roles import hosts_on_file
 from tests.roles.hosts_on_file import CPU_ONLY
+from tests.roles.programs import load
 from tests.roles.test_roles import ROOT, ansible
 from tests.roles.test_survey import look
 
 GIB = 2**30
 
 
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("verdict", ROOT / "roles/llmrack_preflight/files/verdict.py")
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-verdict = _load()
+verdict = load("llmrack_preflight", "verdict")
 
 
 def card(uuid: str, free: int = 24, ours: int = 0, why: str = "", **more: Any) -> dict[str, Any]:

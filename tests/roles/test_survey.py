@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import socket
 import subprocess
@@ -13,20 +12,13 @@ from typing import Any
 import pytest
 
 from tests.roles import hosts_on_file as recorded
+from tests.roles.programs import load
 
 PROGRAM = Path(__file__).resolve().parents[2] / "roles/llmrack_host/files/survey.py"
 MIB = 2**20
 
 
-def _load() -> Any:
-    spec = importlib.util.spec_from_file_location("survey", PROGRAM)
-    assert spec and spec.loader
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-survey = _load()
+survey = load("llmrack_host", "survey")
 
 
 def look(recording: recorded.Recording, folder: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import shutil
@@ -12,6 +11,8 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+
+from tests.roles.programs import load
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "roles" / "llmrack_artifacts" / "files" / "wheelhouse.py"
@@ -26,11 +27,7 @@ def wheelhouse(*arguments: str, cache: Path, path: str | None = None) -> subproc
 
 @pytest.fixture
 def module() -> ModuleType:
-    spec = importlib.util.spec_from_file_location("wheelhouse", SCRIPT)
-    assert spec and spec.loader
-    loaded = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(loaded)
-    return loaded
+    return load("llmrack_artifacts", "wheelhouse")
 
 
 @pytest.fixture
