@@ -30,6 +30,8 @@ TEMPLATE = (
 )
 _CELL = 16
 """Bytes of a cell: enough that no two prefixes share a hash."""
+_NEVER = -20.0
+"""A logit so low that a draw in 50 million is another token: halves of characters come in no legible answer."""
 _SPLIT = re.compile("(" + "|".join(map(re.escape, SPECIALS)) + ")")
 
 
@@ -51,11 +53,9 @@ class FakeBackend:
         can_cut: bool = True,
         sleep: Callable[[float], None] = time.sleep,
     ) -> None:
-        self._likely = np.full(256 + len(SPECIALS), 0.0 if not legible else -8.0, np.float32)
-        self._likely[256:] = -20.0
+        self._likely = np.full(256 + len(SPECIALS), _NEVER, np.float32)
         self._likely[END] = -1.0 if legible else 0.0
-        if legible:
-            self._likely[list(b" abcdefghijklmnopqrstuvwxyz ")] = 0.0
+        self._likely[list(b" abcdefghijklmnopqrstuvwxyz") if legible else slice(256)] = 0.0
         self.info = ModelInfo(
             name="fake",
             architecture="fake",

@@ -41,6 +41,8 @@ class Fleet:
         for node in self.nodes.values():
             node.fault, node.at, node.hold, node.closed = "", 0, "", 0
             node.requests.clear()
+        # A node that dies waits until the gate has read its last words: its stream may outlast the test.
+        wait_for(lambda: not any(node.open for node in self.nodes.values()), "the streams before to be over")
 
     def ask(self, model: str = "tiny", *, stream: bool = True, **fields: Any) -> httpx.Response:
         body = {"model": model, "messages": [{"role": "user", "content": "hello"}], "stream": stream, **fields}

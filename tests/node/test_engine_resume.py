@@ -57,19 +57,19 @@ def said(ids: tuple[int, ...], stop: tuple[str, ...]) -> str:
 
 def test_text_ids_and_end_of_an_answer_are_the_same_from_every_cut() -> None:
     for name, sampling in SAMPLINGS.items():
-        ask = Ask(PROMPT, sampling, TOKENS, stop=("zq",), ignore_eos=True)
+        ask = Ask(PROMPT, sampling, TOKENS, stop=("zqj",), ignore_eos=True)
         uncut = whole(ask, Limits(prompt_lookup=False))
         ids = uncut.ids
         assert len(ids) == TOKENS, name
         answers = {cut: Answer() for cut in range(TOKENS + 1)}
         with running(FakeBackend(ROOM)) as engine:
             for cut, answer in answers.items():
-                engine.submit(Ask(PROMPT, sampling, TOKENS, ("zq",), ignore_eos=True, replayed=ids[:cut]), answer)
+                engine.submit(Ask(PROMPT, sampling, TOKENS, ("zqj",), ignore_eos=True, replayed=ids[:cut]), answer)
             for cut, answer in answers.items():
                 assert answer.done.finish is uncut.done.finish, (name, cut)
                 assert answer.ids == ids[cut:], (name, cut)
                 # With its last token an answer says all that it held back, so nothing is left to say after it.
-                rest = uncut.text.removeprefix(said(ids[:cut], ("zq",))) if cut < TOKENS else ""
+                rest = uncut.text.removeprefix(said(ids[:cut], ("zqj",))) if cut < TOKENS else ""
                 assert answer.text == rest, (name, cut)
                 assert answer.done.usage.completion_tokens == TOKENS
 
