@@ -10,8 +10,8 @@ it a new prompt, an answer begun elsewhere, or one that had to give way and is c
 1. Admission is in order of arrival, while slots last and cells do: for what is known of the sequence, what running ones
    still have to prefill, and _AHEAD more tokens for each. So the cache is over-committed on purpose, since most answers
    end early. One whose turn has come may be passed by smaller ones, but only _PASSES times.
-2. Every sequence that is one token behind gets that token into the batch, and its guesses: answers go on whatever
-   arrives.
+2. Every sequence that is one token behind gets that token into the batch, and its guesses (in a parted cache while no
+   prompt is computed): answers go on whatever arrives.
 3. Prompts get what is left, at most the limit that keeps running answers fluent, the one with the least to compute
    first: a long prompt never holds back a short one, and of two long ones the first is answered after half the time
    that both would take side by side. A quarter is kept for the one that has waited longest, so that none is passed for
@@ -38,7 +38,9 @@ _AHEAD = 32
 would be swapped in and out again at once."""
 _LEAST = TILE
 """Tokens that a prompt's last chunk has at least, where it has several: llama.cpp's attention on CPUs takes fewer rows
-one by one, and a tail of 40 tokens after 4,000 took 300 ms beside 8 answers, the 64 in its place 30 (15M model)."""
+one by one, and a tail of 40 tokens after 4,000 took 300 ms beside 8 answers, the 64 in its place 30 (15M model). Where
+what is left makes no two such chunks, it is computed at once, over the limit: 65 tokens and then 58 took 83 and 516 ms,
+the 123 take about 110."""
 _TURNS = 4
 """In a parted cache one step in so many serves the prompt that has waited longest."""
 _DEEP = 256
@@ -126,15 +128,12 @@ class Scheduler:
         sequences: list[Sequence] = []
         chunks: list[Chunk] = []
         guesses: list[int] = []
-        prefilling = []
+        prefilling = self._prefilling()
+        if prefilling and not self.room.unified:
+            drafts = None  # a parted cache computes them beside a prompt's tokens, and the tile has fewer then
         left, rows = bounds.tokens, bounds.rows
         for sequence in self.running:
-            if sequence.leader is not None:
-                continue
-            if sequence.behind > 1:
-                prefilling.append(sequence)
-                continue
-            if left == 0 or rows == 0:
+            if sequence.leader is not None or sequence.behind > 1 or left == 0 or rows == 0:
                 continue
             tokens = sequence.tokens[sequence.computed :]
             draft = drafts.get(sequence.seq) if drafts else None
@@ -147,8 +146,7 @@ class Scheduler:
             rows -= len(tokens)
         count = len(chunks)
         if prefilling and left > 0:
-            budget = min(left, bounds.prefill) if sequences else left
-            self._share_out(prefilling, budget, rows, bounds, sequences, chunks, guesses)
+            self._share_out(prefilling, left, rows, bounds, sequences, chunks, guesses)
         tokens_in_all = sum(len(chunk.tokens) for chunk in chunks)
         decoding = bounds.tokens - left
         deep = sum(len(chunk.tokens) * (chunk.start + len(chunk.tokens) / 2) for chunk in chunks[count:])
@@ -163,7 +161,7 @@ class Scheduler:
     def _share_out(
         self,
         prefilling: list[Sequence],
-        budget: int,
+        left: int,
         rows: int,
         bounds: Bounds,
         sequences: list[Sequence],
@@ -172,6 +170,7 @@ class Scheduler:
     ) -> None:
         oldest = min(prefilling, key=lambda sequence: sequence.id)
         unified, decoding = self.room.unified, len(chunks)
+        budget = min(left, bounds.prefill) if decoding else left
         kept = min(oldest.behind, max(1, budget // 4)) if unified else 0
         # The first pass over a parted batch takes one token of each sequence, so the next one has one less.
         tile = _LEAST if unified else _LEAST + 1
@@ -179,9 +178,8 @@ class Scheduler:
             if sequence is oldest:
                 kept = 0
             size = min(sequence.behind, budget - kept)
-            rest = sequence.behind - size
-            if 0 < rest < tile < size:
-                size -= tile - rest
+            if 0 < sequence.behind - size < tile <= size:
+                size = sequence.behind - tile if sequence.behind >= 2 * tile else min(sequence.behind, left)
             start = sequence.computed
             if not unified and len(chunks) > decoding and max(start, chunks[-1].start) >= _DEEP:
                 continue
@@ -199,7 +197,11 @@ class Scheduler:
             chunks.append(Chunk(sequence.seq, start, tokens, wanted))
             guesses.append(0)
             budget -= size
+            left -= size
             rows -= wanted
+
+    def _prefilling(self) -> list[Sequence]:
+        return [s for s in self.running if s.behind > 1 and s.leader is None]
 
     def _in_turn(self, prefilling: list[Sequence], turn: int) -> list[Sequence]:
         """Prompts in the order in which a step serves them."""
@@ -212,7 +214,7 @@ class Scheduler:
 
     def next_prompt(self, turn: int) -> Sequence | None:
         """The prompt that the next step serves first; None when there is none."""
-        prefilling = [s for s in self.running if s.behind > 1 and s.leader is None]
+        prefilling = self._prefilling()
         return self._in_turn(prefilling, turn)[0] if prefilling else None
 
     def victim(self, cost: Callable[[Sequence], float], frees: Callable[[Sequence], int]) -> Sequence | None:

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 from hypothesis import given, settings
 
 from llmnode.engine.backend import Room
+from llmnode.engine.pace import TILE
 from llmnode.engine.sampler import Sampler, Vocabulary
 from llmnode.engine.scheduler import Bounds, Plan, Scheduler
 from llmnode.engine.sequence import Sequence
@@ -81,10 +82,18 @@ def test_in_a_parted_cache_a_deep_prompt_has_its_step_to_itself() -> None:
 
 
 def test_a_batch_for_a_parted_cache_is_in_the_order_of_its_sequences() -> None:
-    members = [decoding(5), sequence(2, 30, seq=2), decoding(0)]
-    plan = scheduler_with(*members, unified=False).plan(WIDE, {0: array("i", [7])})
-    assert [chunk.seq for chunk in plan.chunks] == [s.seq for s in plan.sequences] == [0, 2, 5]
-    assert list(plan.drafts) == [1, 0, 0]
+    for second, guessed in ((sequence(2, 30, seq=2), [0, 0, 0]), (decoding(2), [1, 0, 0])):
+        members = [decoding(5), second, decoding(0)]
+        plan = scheduler_with(*members, unified=False).plan(WIDE, {0: array("i", [7])})
+        assert [chunk.seq for chunk in plan.chunks] == [s.seq for s in plan.sequences] == [0, 2, 5]
+        assert list(plan.drafts) == guessed
+
+
+def test_guesses_never_take_the_rows_of_a_prompts_tile_in_a_parted_cache() -> None:
+    for unified, wanted in ((True, {1: 3, 2: 100}), (False, {1: 1, 2: 100})):
+        scheduler = scheduler_with(decoding(1), sequence(2, 100, seq=2), unified=unified)
+        assert sizes(scheduler.plan(WIDE, {1: array("i", [7, 8])})) == wanted
+    assert sizes(scheduler_with(decoding(1), unified=False).plan(WIDE, {1: array("i", [7, 8])})) == {1: 3}
 
 
 def test_running_answers_come_first_and_prompts_keep_to_their_limit_beside_them() -> None:
@@ -99,6 +108,16 @@ def test_running_answers_come_first_and_prompts_keep_to_their_limit_beside_them(
 def test_the_last_chunk_of_a_prompt_is_no_small_one() -> None:
     assert sizes(scheduler_with(sequence(1, 552, seq=1)).plan(WIDE)) == {1: 488}
     assert sizes(scheduler_with(sequence(1, 100, seq=1)).plan(Bounds(60, 60, 8))) == {1: 60}
+    for unified, tile in ((True, 64), (False, 65)):
+        for behind in (tile + 1, tile + 20, 2 * tile - 1):  # beside an answer: over the limit, but not in two
+            prompt = sequence(1, behind, seq=1)
+            plan = scheduler_with(decoding(0), prompt, unified=unified).plan(Bounds(512, prefill=tile, rows=8))
+            assert sizes(plan) == {0: 1, 1: behind}
+            full = scheduler_with(decoding(0), prompt, unified=unified).plan(Bounds(tile + 10, prefill=tile, rows=8))
+            assert sizes(full) == {0: 1, 1: min(behind, tile + 9)}, "what a batch holds is no matter of taste"
+        prompt = sequence(1, 2 * tile + 5, seq=1)
+        plan = scheduler_with(decoding(0), prompt, unified=unified).plan(Bounds(512, prefill=tile + 30, rows=8))
+        assert sizes(plan) == {0: 1, 1: tile + 5}
 
 
 def test_a_prompt_with_nobody_to_hold_up_gets_the_whole_batch() -> None:
@@ -246,7 +265,7 @@ def test_every_plan_keeps_its_bounds_and_gets_everybody_on(
     running = [member for member in members if member.behind == 1]
     assert 0 < plan.tokens <= tokens
     assert plan.tokens == sum(len(chunk.tokens) for chunk in plan.chunks)
-    assert plan.prefill <= (prefill if running else tokens)
+    assert plan.prefill <= (prefill + (TILE if prefill >= TILE else 0) if running else tokens)
     assert sum(chunk.rows for chunk in plan.chunks) <= rows
     assert len(set(map(id, plan.sequences))) == len(plan.sequences)
     for chunk, member, guesses in zip(plan.chunks, plan.sequences, plan.drafts, strict=True):
