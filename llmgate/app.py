@@ -42,7 +42,7 @@ from llmgate.listing import Listing
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
-from llmgate.settings import Settings, is_loopback, read_nodes, state_dir
+from llmgate.settings import Settings, door_context, is_loopback, node_context, read_nodes, state_dir
 from llmgate.waiting import Waiting
 from llmnode.service.connection import Connection
 from llmnode.service.settings import Loaded, SettingError
@@ -79,6 +79,7 @@ class Gate:
             connect_timeout_s=settings.connect_timeout_s,
             stall_timeout_s=settings.stall_timeout_s,
             request_timeout_s=settings.request_timeout_s,
+            context=node_context(settings),
         )
         self._prober = Prober(
             lambda: self._view.fleet,
@@ -131,7 +132,8 @@ class Gate:
 
     def _announce(self, sock: socket.socket) -> None:
         host = self._settings.host
-        log.info("listening on http://%s:%d, %s", host, sock.getsockname()[1], self._summary())
+        scheme = "https" if self._settings.tls_cert_file else "http"
+        log.info("listening on %s://%s:%d, %s", scheme, host, sock.getsockname()[1], self._summary())
         if self._post.place == 0:
             if not len(self._ledger.keyring) and self._settings.require_keys:
                 log.warning("there is no API key yet, so every request is refused: llmgate keys create NAME")
@@ -145,6 +147,7 @@ class Gate:
         # Routes are finished by startup(), so no connection is taken before it.
         server = await app.create_server(
             sock=sock,
+            ssl=door_context(self._settings),
             protocol=Connection,
             access_log=False,
             backlog=BACKLOG,

@@ -225,6 +225,8 @@ def _check(options: argparse.Namespace) -> int:
     token = configuration.read_fleet_token(settings)
     nodes = configuration.read_nodes(settings).addresses
     folder = configuration.state_dir(settings)
+    configuration.door_context(settings)
+    configuration.node_context(settings)
     _require_writable(folder)
     print(f"settings are good: {len(nodes)} nodes, fleet token {'set' if token else 'not set'}, state in {folder}")
     return OK
@@ -284,6 +286,7 @@ async def _ask_all(settings: Settings, token: str, nodes: Listing) -> Fleet:
         connect_timeout_s=settings.connect_timeout_s,
         stall_timeout_s=settings.stall_timeout_s,
         request_timeout_s=settings.request_timeout_s,
+        context=configuration.node_context(settings),
     )
 
     async def ask(address: Address) -> Reported | Lost:

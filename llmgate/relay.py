@@ -22,6 +22,7 @@ from __future__ import annotations
 import asyncio
 import json
 import os
+import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -124,13 +125,15 @@ class Relay:
         connect_timeout_s: float,
         stall_timeout_s: float,
         request_timeout_s: float,
+        context: ssl.SSLContext | None = None,
     ) -> None:
+        """`context`: what to connect to https:// nodes with; None for the system's authorities."""
         self._token = token
         self._clock = clock
         self._connect_s, self._stall_s, self._request_s = connect_timeout_s, stall_timeout_s, request_timeout_s
         # trust_env off: a proxy or .netrc of the host must not come between the gate and its nodes.
         self._http = httpx.AsyncClient(
-            transport=AiohttpTransport(client=_session),
+            transport=AiohttpTransport(client=lambda: _session(context)),
             trust_env=False,
             headers={"accept-encoding": "identity"},
         )
@@ -276,9 +279,9 @@ class Relay:
         return {"authorization": f"Bearer {self._token}"} if self._token else {}
 
 
-def _session() -> aiohttp.ClientSession:
+def _session(context: ssl.SSLContext | None) -> aiohttp.ClientSession:
     # limit=0: the node's own queue says when it is full, a cap here would only hide it.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S)
+    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S, ssl=context or True)
     return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
 
 
@@ -336,6 +339,10 @@ def _failure(error: Exception) -> Outcome:
 def _reason(error: Exception) -> str:
     """A failure in a few words, without the addresses that the nodes file has already."""
     cause = error.__cause__ or error
+    if isinstance(cause, aiohttp.ClientConnectorCertificateError):
+        return f"its certificate is not good: {getattr(cause.certificate_error, 'verify_message', cause)}"
+    if isinstance(cause, aiohttp.ClientConnectorSSLError):
+        return f"it speaks no TLS that we do: {cause.os_error.strerror}"
     if isinstance(cause, aiohttp.ClientConnectorError):
         number = cause.os_error.errno
         return os.strerror(number).lower() if number else "cannot connect"

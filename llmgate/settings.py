@@ -7,12 +7,14 @@ for.
 from __future__ import annotations
 
 import ipaddress
+import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmgate import listing
 from llmgate.listing import Listing
+from llmnode.service import tls
 from llmnode.service.settings import Loaded, SettingError, load, setting
 
 PREFIX = "LLMGATE_"
@@ -25,6 +27,15 @@ class Settings:
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", minimum=1, maximum=65535)
+    tls_cert_file: Path | None = setting(
+        None, "PEM file with the gate's certificate and its chain: it listens with TLS; read again on SIGHUP"
+    )
+    tls_key_file: Path | None = setting(None, "PEM file with the private key of that certificate")
+    node_ca_file: Path | None = setting(
+        None, "PEM file with the authority of the nodes' certificates, for https:// nodes; none: those of the system"
+    )
+    node_cert_file: Path | None = setting(None, "PEM file with the certificate that the gate shows to nodes")
+    node_key_file: Path | None = setting(None, "PEM file with the private key of that certificate")
     workers: int = setting(1, "processes that serve, to use as many cores", minimum=1, maximum=64)
     nodes_file: Path | None = setting(
         None, "TOML file with the [[nodes]] and the rules of [models]; re-read when it changes"
@@ -88,6 +99,16 @@ class Settings:
 def read(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = None) -> Loaded[Settings]:
     """Settings from flags, environment and file. Raises SettingError."""
     return load(Settings, flags=flags, environ=environ, prefix=PREFIX)
+
+
+def door_context(settings: Settings) -> ssl.SSLContext | None:
+    """What the gate listens with; None for plain HTTP. Raises SettingError."""
+    return tls.server(tls.Files(settings.tls_cert_file, settings.tls_key_file))
+
+
+def node_context(settings: Settings) -> ssl.SSLContext | None:
+    """What the gate connects to https:// nodes with; None for the system's authorities. Raises SettingError."""
+    return tls.client(tls.Files(settings.node_cert_file, settings.node_key_file, settings.node_ca_file))
 
 
 def state_dir(settings: Settings) -> Path:

@@ -473,6 +473,8 @@ def _checked(invocation: Invocation) -> Loaded[Settings]:
     configuration.read_fleet_token(loaded.values)
     configuration.read_nodes(loaded.values)
     configuration.state_dir(loaded.values)
+    configuration.door_context(loaded.values)
+    configuration.node_context(loaded.values)
     return loaded
 
 

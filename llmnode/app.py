@@ -13,6 +13,7 @@ import logging
 import os
 import signal
 import socket
+import ssl
 import threading
 import uuid
 from collections.abc import Callable, Sequence
@@ -39,10 +40,11 @@ from llmnode.engine.fake import FakeBackend
 from llmnode.engine.loop import Engine, Limits
 from llmnode.engine.snapshot import Snapshot
 from llmnode.engine.types import Event, ModelInfo, Sink
+from llmnode.service import tls
 from llmnode.service.connection import Connection
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
-from llmnode.service.settings import Loaded
+from llmnode.service.settings import Loaded, SettingError
 from llmnode.settings import HANDBOOK, Settings
 from llmnode.wire import headers, resume
 from llmnode.wire.node import State
@@ -83,19 +85,27 @@ class Exit(IntEnum):
     ENGINE = 5
 
 
-def run(loaded: Loaded[Settings], sock: socket.socket, token: FleetToken | None, template: str | None) -> Exit:
+def run(
+    loaded: Loaded[Settings],
+    sock: socket.socket,
+    token: FleetToken | None,
+    context: ssl.SSLContext | None,
+    template: str | None,
+) -> Exit:
     """Serve on a bound socket until a signal or a fatal error; returns the exit code.
 
-    `template` is the text of chat_template_file, None to use the model's own.
+    `context`: what to listen with, None for plain HTTP. `template` is the text of chat_template_file, None to use the
+    model's own.
     """
     settings = loaded.values
     executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prompt")
     serving = Serving(settings, release=release(), config=loaded.digest, executor=executor)
     app = _app(serving, token)
-    life = Life(app, serving, Notifier(), template)
+    life = Life(app, serving, Notifier(), context, template)
     app.after_server_start(life.begin)
     app.run(
         sock=sock,
+        ssl=context,
         protocol=Connection,
         single_process=True,
         register_sys_signals=False,
@@ -270,11 +280,19 @@ def _app(serving: Serving, token: FleetToken | None) -> NodeApp:
 class Life:
     """The process from its first to its last moment: loading, watchdog, status lines, signals, drain."""
 
-    def __init__(self, app: NodeApp, serving: Serving, notifier: Notifier, template: str | None) -> None:
+    def __init__(
+        self,
+        app: NodeApp,
+        serving: Serving,
+        notifier: Notifier,
+        context: ssl.SSLContext | None,
+        template: str | None,
+    ) -> None:
         self.exit = Exit.OK
         self._app = app
         self._serving = serving
         self._notifier = notifier
+        self._context = context
         self._template = template
         self._stopping: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -284,6 +302,7 @@ class Life:
         loop = asyncio.get_running_loop()
         for number in (signal.SIGTERM, signal.SIGINT):
             loop.add_signal_handler(number, self._on_signal, number)
+        loop.add_signal_handler(signal.SIGHUP, self._reload)
         self._serving.load()
         settings = self._serving.settings
         if settings.model == HANDBOOK:
@@ -355,6 +374,21 @@ class Life:
         self._notifier.stopping(f"failed: {why}")
         if self._stopping is None:
             self._stopping = asyncio.ensure_future(self._leave(0.0))
+
+    # A reload
+
+    def _reload(self) -> None:
+        """Take what can be taken without a restart: the certificates. Their files are as large as a page."""
+        settings = self._serving.settings
+        if self._context is None:
+            log.info("SIGHUP: nothing to read again, this node listens without TLS")
+            return
+        try:
+            tls.renew(self._context, settings.tls)
+        except SettingError as error:
+            log.error("keeping the old certificate: %s", error)
+        else:
+            log.info("certificate read again: %s", settings.tls_cert_file)
 
     # The end
 

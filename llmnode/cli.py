@@ -7,6 +7,7 @@ import difflib
 import errno
 import logging
 import os
+import ssl
 import sys
 from collections.abc import Sequence
 from typing import NoReturn
@@ -15,7 +16,7 @@ from llmnode import app
 from llmnode.api.fleet_token import FleetToken, FleetTokenError
 from llmnode.chat.template import ChatTemplate, TemplateError
 from llmnode.engine.backend import ModelLoadError
-from llmnode.service import logs
+from llmnode.service import logs, tls
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError, add_flags, listing, load, markdown, printed, rows
 from llmnode.settings import PREFIX, Settings, read
@@ -32,11 +33,12 @@ def main(arguments: Sequence[str] | None = None) -> int:
         loaded = read(vars(asked))
         token = _token(loaded.values)
         template = _template(loaded.values)
+        context = tls.server(loaded.values.tls)
     except SettingError as error:
         return _complain(error, app.Exit.CONFIGURATION)
     if asked.command == "check":
         return _check(loaded.values, template)
-    return _serve(loaded, token, template)
+    return _serve(loaded, token, context, template)
 
 
 def _settings(asked: argparse.Namespace) -> int:
@@ -60,6 +62,7 @@ def _check(settings: Settings, template: str | None) -> int:
     lines = {
         "model": f"{settings.served_id} ({info.name}, {info.architecture})",
         "listens on": f"{settings.host} port {settings.port}",
+        "TLS": _tls(settings),
         "fleet token": str(settings.fleet_token_file or "not needed on loopback"),
         "chat template": str(settings.chat_template_file or origin),
         "slots": f"{room.slots}, each with {room.n_ctx} tokens at most (trained for {info.n_ctx_train})",
@@ -76,7 +79,9 @@ def _check(settings: Settings, template: str | None) -> int:
     return app.Exit.OK
 
 
-def _serve(loaded: Loaded[Settings], token: FleetToken | None, template: str | None) -> int:
+def _serve(
+    loaded: Loaded[Settings], token: FleetToken | None, context: ssl.SSLContext | None, template: str | None
+) -> int:
     settings = loaded.values
     try:
         sock = app.bind(settings.host, settings.port)
@@ -85,7 +90,7 @@ def _serve(loaded: Loaded[Settings], token: FleetToken | None, template: str | N
         return _complain(f"cannot listen on port {settings.port} of {settings.host}: {reason}", app.Exit.PORT)
     logs.setup(settings.log_level, settings.log_format)
     try:
-        code = app.run(loaded, sock, token, template)
+        code = app.run(loaded, sock, token, context, template)
     except KeyboardInterrupt:
         code = app.Exit.OK
     return _leave(code)
@@ -97,6 +102,13 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _tls(settings: Settings) -> str:
+    if settings.tls_cert_file is None:
+        return "no"
+    asked = f", asks clients for a certificate of {settings.tls_client_ca_file}" if settings.tls_client_ca_file else ""
+    return f"with {settings.tls_cert_file}{asked}"
 
 
 def _token(settings: Settings) -> FleetToken | None:

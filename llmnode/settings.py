@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llmnode.service import tls
 from llmnode.service.settings import Loaded, SettingError, load, setting
 
 PREFIX = "LLMNODE_"
@@ -27,6 +28,13 @@ class Settings:
     port: int = setting(8100, "TCP port to listen on", minimum=1, maximum=65535)
     fleet_token_file: Path | None = setting(
         None, "file with the secret that gates and nodes share: one or two lines, each a valid token; re-read on change"
+    )
+    tls_cert_file: Path | None = setting(
+        None, "PEM file with this node's certificate and its chain: it listens with TLS; read again on SIGHUP"
+    )
+    tls_key_file: Path | None = setting(None, "PEM file with the private key of that certificate")
+    tls_client_ca_file: Path | None = setting(
+        None, "PEM file with the authority whose certificate every client must show; none: no client must show one"
     )
     backend: str = setting("llama", "what computes the tokens; fake needs no model", choices=("llama", "fake"))
     model: Path | None = setting(None, "the GGUF file to serve; none: the handbook model that comes with llmrack")
@@ -94,6 +102,10 @@ class Settings:
         "info", "least severe message that is logged", choices=("debug", "info", "warning", "error")
     )
     log_format: str = setting("text", "log lines for people or for machines", choices=("text", "json"))
+
+    @property
+    def tls(self) -> tls.Files:
+        return tls.Files(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
 
     @property
     def served_id(self) -> str:

@@ -1,0 +1,107 @@
+"""TLS contexts from PEM files, for a server and for a client, and how a running server takes new files.
+
+Owns what is asked of every connection: TLS 1.2 or newer, and names and chains that are checked. Refuses to know who
+listens, who calls, and where the files come from. Errors name the file, never what is in it.
+"""
+
+from __future__ import annotations
+
+import ssl
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmnode.service.settings import SettingError, show
+
+
+@dataclass(frozen=True)
+class Files:
+    """The files of one end. certificate: PEM, with the chain that leads to an authority that the other end knows, if
+    that takes one. key: its private key. authority: PEM, the certificates that the other end's must come from."""
+
+    certificate: Path | None = None
+    key: Path | None = None
+    authority: Path | None = None
+
+
+def server(files: Files) -> ssl.SSLContext | None:
+    """What a server listens with; None without a certificate, which is plain HTTP.
+
+    With an authority every client must show a certificate of it. Raises SettingError.
+    """
+    if files == Files():
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    if files.authority is not None:
+        context.verify_mode = ssl.CERT_REQUIRED
+    renew(context, files)
+    return context
+
+
+def renew(context: ssl.SSLContext, files: Files) -> None:
+    """Read a server's files again, for connections from now on. Raises SettingError, and has then changed nothing.
+
+    An authority that is no longer in its file is believed until the process ends: OpenSSL can only add one.
+    """
+    # Into contexts that are thrown away first, since a pair that does not fit would spoil the one in use.
+    for draft in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
+        _own(draft, files, "tls_cert_file", "tls_key_file")
+        if files.authority is not None:
+            _believe(draft, files.authority, "tls_client_ca_file")
+
+
+def client(files: Files) -> ssl.SSLContext | None:
+    """What a client connects with; None when it has nothing of its own to show or to believe, which is the system's
+    authorities and no certificate. Raises SettingError."""
+    if files == Files():
+        return None
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    if files.authority is None:
+        context.load_default_certs()
+    else:
+        _believe(context, files.authority, "node_ca_file")
+    if files.certificate is not None or files.key is not None:
+        _own(context, files, "node_cert_file", "node_key_file")
+    return context
+
+
+def _own(context: ssl.SSLContext, files: Files, certificate: str, key: str) -> None:
+    """Load the end's own certificate. The names are those of the settings, for errors."""
+    if files.certificate is None or files.key is None:
+        raise SettingError(
+            f"{certificate} and {key} must be set together, got {show(files.certificate)} and {show(files.key)}"
+        )
+    for path, name in ((files.certificate, certificate), (files.key, key)):
+        _readable(path, name)
+    try:
+        context.load_cert_chain(files.certificate, files.key, password=_refuse_password)
+    except (ssl.SSLError, OSError, ValueError) as error:
+        raise SettingError(
+            f"{certificate} {files.certificate} and {key} {files.key} cannot be used together: {_why(error)}"
+        ) from error
+
+
+def _believe(context: ssl.SSLContext, path: Path, name: str) -> None:
+    _readable(path, name)
+    try:
+        context.load_verify_locations(path)
+    except (ssl.SSLError, OSError) as error:
+        raise SettingError(f"{name} {path} holds no certificate: {_why(error)}") from error
+
+
+def _readable(path: Path, name: str) -> None:
+    """OpenSSL does not say which file it could not open."""
+    try:
+        with path.open("rb"):
+            pass
+    except OSError as error:
+        raise SettingError(f"cannot read {name} {path}: {error.strerror}") from error
+
+
+def _refuse_password() -> str:
+    """OpenSSL would ask at the terminal, and a service has none."""
+    raise ValueError("the key has a passphrase, and nobody is there to give it")
+
+
+def _why(error: Exception) -> str:
+    reason = getattr(error, "reason", None)
+    return str(reason).lower().replace("_", " ") if reason else str(error)
