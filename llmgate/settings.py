@@ -88,6 +88,12 @@ class Settings:
         "it clients get 503",
         minimum=0,
     )
+    ready_wait_s: float = setting(
+        10.0,
+        "how long a request waits while no node that serves its model is ready, before it gets 503",
+        unit="seconds",
+        minimum=0,
+    )
     drain_seconds: float = setting(60.0, "on SIGTERM, how long running requests may go on", unit="seconds", minimum=0)
     body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)
     require_keys: bool = setting(True, "refuse requests without an API key; the admin API always wants an admin key")

@@ -8,11 +8,16 @@ A request goes at once while a candidate has room. Else it waits here, where it 
 first, in an order that is fair; in a queue at a node it could do neither. Looked at again when something has happened
 to a node: an answer has ended, a report has come. Whoever has a turn has a place kept at the node from that moment on,
 so that the next in line finds it taken.
+
+A request for which no node is ready waits in the same line, for a while: a node that is being started again is back in
+seconds, and who asks again meanwhile only asks more often. Until there is a node, nobody is called late: how fast the
+line moved before says nothing of when it will move again.
 """
 
 from __future__ import annotations
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -31,6 +36,8 @@ _COST_WEIGHT = 0.1
 """Of the latest answer in the mean time that one takes."""
 _RANK_AGAIN_S = 1.0
 """A waiting request's candidates are looked up again after so long: there may be new ones."""
+_LOOK_AGAIN_S = 0.25
+"""The same where there were none."""
 
 
 class TurnedAway(Overloaded):
@@ -41,12 +48,21 @@ class TurnedAway(Overloaded):
         self.reason = reason
 
 
+class NobodyReady(Exception):
+    """No node that could take the request was ready in time.    waited: seconds."""
+
+    def __init__(self, waited: float) -> None:
+        super().__init__(f"no node was ready within {waited:.1f} s")
+        self.waited = waited
+
+
 @dataclass(frozen=True)
 class Visit:
     """A request that wants a turn.
 
     deadline: reading of the clock by which its answer must be complete.
-    choice: the nodes for it as of now.    rank: the same by the latest snapshot, whenever it might go.
+    ready_by: one by which some node must have been ready for it.
+    choice: the nodes for it as of now, maybe none.    rank: the same by the latest snapshot, whenever it might go.
     beat: awaited every `beat_s` seconds while it waits, to tell its client.
     """
 
@@ -54,6 +70,7 @@ class Visit:
     key: str
     priority: Priority
     deadline: float
+    ready_by: float
     choice: Choice
     rank: Callable[[], Choice]
     beat: Callable[[], Awaitable[None]]
@@ -75,10 +92,14 @@ class Turn:
 
 @dataclass(eq=False)
 class _Waiter:
-    """turn: the choice, once it has one.    waits: whether it had to.    nodes: its candidates, as of `ranked`."""
+    """turn: the choice, once it has one.    waits: whether it had to.    nodes: its candidates, as of `ranked`.
+
+    homeless: there has been no candidate yet.
+    """
 
     visit: Visit
     turn: asyncio.Future[Choice]
+    homeless: bool
     waits: bool = False
     nodes: frozenset[str] = frozenset()
     ranked: float | None = None
@@ -110,7 +131,7 @@ class Waiting:
 
     @asynccontextmanager
     async def turn(self, visit: Visit) -> AsyncIterator[Turn]:
-        """Wait for a turn, and hold it while the request is answered. Raises TurnedAway and DeadlineExceeded.
+        """Wait for a turn, and hold it while the request is answered. Raises TurnedAway, NobodyReady, DeadlineExceeded.
 
         A request whose task is cancelled, or whose `beat` fails, is out of the queue at once.
         """
@@ -130,17 +151,17 @@ class Waiting:
 
     async def _admitted(self, line: _Line, ticket: Ticket, visit: Visit) -> Choice:
         """The choice, once it is this one's turn, with a place taken at the first node of it."""
-        waiter = _Waiter(visit, asyncio.get_running_loop().create_future())
+        waiter = _Waiter(visit, asyncio.get_running_loop().create_future(), homeless=not visit.choice.ranked)
         line.queue.push(ticket)
         line.waiters[ticket] = waiter
         self._admit(line)
         if not waiter.turn.done():
             waiter.waits = True
-            if len(line.waiters) == 1:
+            if len(line.waiters) == 1 and not waiter.homeless:
                 line.pace.formed(self._clock())
             self._bound(line, ticket, waiter)
         try:
-            await self._wait(waiter)
+            await self._wait(line, waiter)
         except BaseException:
             if ticket in line.waiters:
                 self._take_out(line, ticket)
@@ -151,16 +172,23 @@ class Waiting:
             raise
         return waiter.turn.result()
 
-    async def _wait(self, waiter: _Waiter) -> None:
+    async def _wait(self, line: _Line, waiter: _Waiter) -> None:
         """Until its turn has come or it was turned away."""
-        deadline = waiter.visit.deadline
+        visit, came = waiter.visit, self._clock()
         while not waiter.turn.done():
-            left = deadline - self._clock()
-            if left <= 0:
+            left = (visit.ready_by if waiter.homeless else visit.deadline) - self._clock()
+            if left > 0:
+                await asyncio.wait({waiter.turn}, timeout=min(self._beat_s, left))
+                # Not when the time is up: what has gone out is no status any more.
+                if not waiter.turn.done() and left > self._beat_s:
+                    await visit.beat()
+            elif not waiter.homeless:
                 raise DeadlineExceeded("no node had room for this request in the time that it had")
-            await asyncio.wait({waiter.turn}, timeout=min(self._beat_s, left))
-            if not waiter.turn.done() and self._clock() < deadline:
-                await waiter.visit.beat()
+            else:
+                waiter.ranked = -math.inf
+                self._admit(line)
+                if waiter.homeless:
+                    raise NobodyReady(self._clock() - came)
 
     def _admit(self, line: _Line) -> None:
         """Give turns until nobody that waits has a node with room."""
@@ -191,13 +219,15 @@ class Waiting:
         """Where this one would go now; None for nowhere. An error is its own and must not hold up the others."""
         now = self._clock()
         first = waiter.ranked is None
-        if waiter.ranked is not None and waiter.nodes.isdisjoint(open_nodes) and now - waiter.ranked < _RANK_AGAIN_S:
+        again_s = _RANK_AGAIN_S if waiter.nodes else _LOOK_AGAIN_S
+        if waiter.ranked is not None and waiter.nodes.isdisjoint(open_nodes) and now - waiter.ranked < again_s:
             return None
         try:
             choice = waiter.visit.choice if first else waiter.visit.rank()
         except Exception as error:
             return error
         waiter.nodes, waiter.ranked = frozenset(candidate.name for candidate in choice.ranked), now
+        waiter.homeless = waiter.homeless and not waiter.nodes
         return placed(choice, self._view.fleet)
 
     def _bound(self, line: _Line, ticket: Ticket, waiter: _Waiter) -> None:
@@ -205,7 +235,7 @@ class Waiting:
         now = self._clock()
         ahead = line.queue.ahead(ticket)
         wait, left = line.pace.wait(ahead, now), waiter.visit.deadline - now
-        if ahead and wait > left:
+        if ahead and wait > left and not waiter.homeless:
             # The first in line is never late by a guess: while one waits, the pace goes on being measured.
             message = f"{ahead} requests for this model go before, about {wait:.0f} s, and this one has {left:.0f} s"
             self._turn_away(line, ticket, "late", message, wait)

@@ -34,7 +34,7 @@ from llmgate.ledger import RequestLog
 from llmgate.metrics import UNKNOWN, Metrics
 from llmgate.relay import Exchange, Relay, Whole
 from llmgate.settings import Settings
-from llmgate.waiting import Turn, TurnedAway, Visit, Waiting
+from llmgate.waiting import NobodyReady, Turn, TurnedAway, Visit, Waiting
 from llmnode.wire import headers as names
 from llmnode.wire import sse
 from llmnode.wire.errors import ApiError, DeadlineExceeded, InvalidRequest, Overloaded
@@ -118,6 +118,7 @@ class Conversations:
         self._door, self._view, self._relay, self._waiting = door, view, relay, waiting
         self._log, self._metrics = request_log, metrics
         self._clock, self._wall, self._dice = clock, wall, dice
+        self._may_wait = settings.ready_wait_s > 0 and settings.queue_limit > 0
 
     async def handle(self, request: Request, kinds: frozenset[str]) -> HTTPResponse | None:
         """Answer one request; None when the answer was streamed. Raises ApiError before the first byte."""
@@ -161,7 +162,7 @@ class Conversations:
             require_model(key, asked, fleet.resolve(asked) or fleet.meant(asked))
             record.model = choice.model
         priority = keys.priority(key, request.headers.get(names.PRIORITY))
-        if not choice.ranked:
+        if not choice.ranked and not (choice.awaited and self._may_wait):
             raise policy.refusal(fleet, ask, choice, visible(fleet, key))
 
         exchange = Exchange(
@@ -206,6 +207,7 @@ class Conversations:
             talk.ask.key.name,
             priority,
             deadline=talk.exchange.deadline,
+            ready_by=min(talk.record.arrived + self._settings.ready_wait_s, talk.exchange.deadline),
             choice=talk.choice,
             rank=lambda: self._choose(talk.ask),
             beat=lambda: self._keep_awake(talk),
@@ -220,8 +222,16 @@ class Conversations:
         except TurnedAway as error:
             self._metrics.turned_away.labels(visit.model, error.reason).inc()
             return Verdict(error=error)
+        except NobodyReady as error:
+            self._metrics.turned_away.labels(visit.model, "no_node").inc()
+            return Verdict(error=self._nobody_came(talk, error.waited))
         except DeadlineExceeded as error:
             return Verdict(error=error)
+
+    def _nobody_came(self, talk: _Talk, waited: float) -> ApiError:
+        fleet, choice = self._view.fleet, self._choose(talk.ask)
+        talk.record.queued, talk.record.route = waited, choice.why
+        return policy.refusal(fleet, talk.ask, choice, visible(fleet, talk.ask.key), waited)
 
     async def _carry_out(self, talk: _Talk) -> Verdict:
         """Take the steps of the plan, until it knows what to answer."""

@@ -61,26 +61,33 @@ class Candidate:
 
 @dataclass(frozen=True)
 class Found:
-    """Candidates in the order of the listing, and the nodes passed over with the reason for each."""
+    """Candidates in the order of the listing, and the nodes passed over with the reason for each.
+
+    awaited: some of these will do as soon as they take work.
+    """
 
     candidates: tuple[Candidate, ...]
     passed_over: tuple[tuple[str, str], ...]
+    awaited: bool = False
 
 
 def find(fleet: Fleet, model: str, kinds: frozenset[str], labels: Labels, now: float, stale_after: float) -> Found:
     """Who serves the model, under this id or alias, for one of these uses."""
     found: list[Candidate] = []
     passed_over: list[tuple[str, str]] = []
+    awaited = False
     for node in fleet.nodes.values():
         served = node.model(model)
-        reason = _unfit(node, served, kinds, labels, now, stale_after)
+        unsuited = _unsuited(node, served, kinds, labels)
+        reason = _idle(node, served, now, stale_after) or unsuited
         if reason:
             passed_over.append((node.name, reason))
+            awaited = awaited or (served is not None and not unsuited)
         elif served:
             release = node.report.release if node.report else ""
             busy, slots, share = node.busy, node.slots, node.share(now)
             found.append(Candidate(node.name, busy, slots, served.n_ctx, node.turn, share, node.weight, release))
-    return Found(tuple(found), tuple(passed_over))
+    return Found(tuple(found), tuple(passed_over), awaited)
 
 
 def with_chains(
@@ -97,17 +104,20 @@ def _with_chain(candidate: Candidate, node: Node, model: str, prompt: Prompt, no
     return dataclasses.replace(candidate, cost=cost.of(node, made, now), chain=made)
 
 
-def _unfit(
-    node: Node, model: Model | None, kinds: frozenset[str], labels: Labels, now: float, stale_after: float
-) -> str:
-    """Why a node cannot take this; "" when it can, or when it serves another model and so need not be named."""
+def _idle(node: Node, model: Model | None, now: float, stale_after: float) -> str:
+    """Why a node takes no work now; "" when it does, or when it serves another model and so need not be named."""
     standing = node.standing(now, stale_after)
     if model is None:
         return "" if node.report else standing.why
     if not standing.usable:
         return standing.why
-    if model.state != "ready":
-        return f"its model is {model.state}"
+    return "" if model.state == "ready" else f"its model is {model.state}"
+
+
+def _unsuited(node: Node, model: Model | None, kinds: frozenset[str], labels: Labels) -> str:
+    """Why a node cannot take this at any time; "" when it could, or serves another model."""
+    if model is None:
+        return ""
     if not kinds.intersection(model.kinds):
         return f"it offers {model.id} for {', '.join(model.kinds) or 'nothing'} only"
     lacks = ", ".join(f"{name}={value}" for name, value in sorted(labels - node.labels))

@@ -13,7 +13,8 @@ to wait. In order:
 3. The node could not be used (UNREACHABLE), died (BROKE), went silent (STALLED) or asked for another (HANDOVER): the
    next node, at once the first time, then after waits that double up to `_LONGEST_PAUSE_S`, with jitter.
 4. The node refused (REFUSED), or failed in its stream (FAILED), with the status
-     503              it is full or leaving: the next node.
+     503              it is full: the next node. Or it leaves, or is not ready yet (`Outcome.away`), which is as good as
+                      not being there: the next node, or this one once it has started anew.
      other 5xx        the next node; but 504 means that the request's time is up, wherever it runs.
      401              our fleet token is not valid there, no fault of the client's key: the next node.
      404, 409         404 model_not_found: it has just changed its model. On a resume: it cannot go on with this
@@ -23,8 +24,8 @@ to wait. In order:
    To begin, a node that has refused is not asked again. To go on, one that was full is.
 5. No node is there. If some refused to begin: what they said. Else wait, and look again, until the deadline.
 6. `tries` nodes have failed at the same place of the answer, without one more id: the request may be what ends them,
-   and it must not end the whole fleet. Nodes that it never reached or that handed it over do not count; nor, once the
-   answer has begun, those that were full or could not go on.
+   and it must not end the whole fleet. Nodes that it never reached, that were away or that handed it over do not count;
+   nor, once the answer has begun, those that were full or could not go on.
 7. The deadline has passed, while waiting or in an attempt (LATE).
 
 A client that has seen content is told the truth in an error event, any other one by a status.
@@ -40,11 +41,14 @@ from enum import Enum
 from llmgate.core.policy import NO_NODE_RETRY_S
 from llmgate.core.seats import Seat
 from llmnode.wire.errors import ApiError, DeadlineExceeded, Overloaded
+from llmnode.wire.node import State
 
 _FIRST_PAUSE_S = 0.1
 _LONGEST_PAUSE_S = 2.0
 _LOOK_S = 0.25
 """How often the fleet is looked at again while no node is there."""
+_AWAY = frozenset(state.value for state in State if state is not State.READY) | {"node_stopping"}
+"""Codes of a node's 503 that say that it is leaving or not ready yet; any other one that it is full."""
 _NAMED = 8
 """Outcomes that an error names, the last ones."""
 
@@ -82,6 +86,11 @@ class Outcome:
     code: str = ""
     retry_after: float | None = None
     detail: str = ""
+
+    @property
+    def away(self) -> bool:
+        """Whether the node said that it takes no work, in the state that it is in."""
+        return self.status == 503 and self.code in _AWAY
 
     def __str__(self) -> str:
         return f"{self.kind.value} {self.status}" if self.status else self.kind.value
@@ -194,7 +203,7 @@ class _Tale:
     @property
     def refused(self) -> bool:
         """Some node has said why it does not begin, and none has begun."""
-        return not self.begun and any(outcome.status for _, outcome in self._outcomes)
+        return not self.begun and any(outcome.status and not outcome.away for _, outcome in self._outcomes)
 
     def choose(self, look: Look) -> tuple[Seat | None, bool]:
         """Whom to ask, and whether to go on rather than to begin."""
@@ -220,7 +229,7 @@ class _Tale:
         verdict = self._refused(seat, resume, outcome) if outcome.status else None
         if verdict:
             return verdict
-        if outcome.kind is Kind.HANDOVER:
+        if outcome.kind is Kind.HANDOVER or outcome.away:
             self._barred.add(seat)
         self._stuck += self._counts(outcome)
         if self._stuck < self._tries:
@@ -279,6 +288,8 @@ class _Tale:
 
     def _counts(self, outcome: Outcome) -> bool:
         """Whether this failure may be the request's doing."""
+        if outcome.away:
+            return False
         if outcome.kind in (Kind.BROKE, Kind.STALLED):
             return True
         return bool(outcome.status) and (not self.begun or (outcome.status >= 500 and outcome.status != 503))

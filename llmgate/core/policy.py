@@ -4,7 +4,7 @@
 
 1. The name. An alias of the nodes file stands for a model's id, which then goes to the node in its place.
 2. The model. The one asked for, while a node of it has a free slot; else the first of its fallbacks of which one has;
-   else, with everybody full, the first of them all that has a node.
+   else, with everybody full, the first of them all that has a node, or that will have one when it is ready again.
 3. The candidates: nodes that take work, serve it for this use and have its labels (core/candidate.py).
 4. Their order, by the policy that the nodes file names for the model:
    prefix        the cheapest first (core/cost.py); the tree is below
@@ -84,6 +84,7 @@ class Choice:
     name: what the request must call it for these nodes to know it.
     reason: what decided, in a word: a policy's own, "only" for one candidate, "nobody" for none.
     notes: what else is to be said: a fallback, a canary.
+    awaited: nobody is there, and somebody will be once a node that was passed over takes work.
     """
 
     ranked: tuple[Candidate, ...]
@@ -93,6 +94,7 @@ class Choice:
     model: str | None
     name: str
     notes: tuple[str, ...] = ()
+    awaited: bool = False
 
     @property
     def why(self) -> str:
@@ -194,7 +196,7 @@ def choose(fleet: Fleet, ask: Ask, now: float, stale_after: float, policy: str |
         root = candidates[0].chain.root if candidates[0].chain else root
     root = root or rendezvous.key(ask.request)
     if not candidates:
-        return Choice((), found.passed_over, policy, "nobody", model, name, notes)
+        return Choice((), found.passed_over, policy, "nobody", model, name, notes, found.awaited)
     order, reason = candidates, "only"
     if len(candidates) > 1:
         ranking = POLICIES[policy](candidates, Draw(root, ask.dice))  # (4)
@@ -205,8 +207,8 @@ def choose(fleet: Fleet, ask: Ask, now: float, stale_after: float, policy: str |
     return Choice(order, found.passed_over, policy, reason, model, name, notes)
 
 
-def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str]) -> ApiError:
-    """What to answer when a choice is empty. `visible`: the models that the asking key may use.
+def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str], waited: float = 0.0) -> ApiError:
+    """What to answer when a choice is empty. visible: the models that the asking key may use.    waited: seconds.
 
     404 is said only when every listed node has reported: until then the model may be on a node not yet heard of, and
     a client should come again rather than give up.
@@ -222,8 +224,11 @@ def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str]) -> ApiEr
             code="no_ready_node",
         )
     why = "; ".join(f"{name}: {why}" for name, why in choice.passed_over)
+    since = f", and none came within {waited:.1f} s" if waited else ""
     return Overloaded(
-        f"no ready node serves the model {ask.model!r} now ({why})", retry_after=NO_NODE_RETRY_S, code="no_ready_node"
+        f"no ready node serves the model {ask.model!r} now ({why}){since}",
+        retry_after=NO_NODE_RETRY_S,
+        code="no_ready_node",
     )
 
 
@@ -239,8 +244,9 @@ def _model(fleet: Fleet, ask: Ask, now: float, stale_after: float) -> tuple[str,
             return name, route, found
         every.append((name, route, found))
     with_nodes = (one for one in every if one[2].candidates)
+    awaited = (one for one in every if one[2].awaited)
     served = (one for one in every if fleet.resolve(one[0]) is not None)
-    return next(with_nodes, None) or next(served, None) or every[0]
+    return next(with_nodes, None) or next(awaited, None) or next(served, None) or every[0]
 
 
 def _cached(c: Candidate) -> int:

@@ -137,10 +137,11 @@ def mock() -> Iterator[Callable[..., MockNode]]:
 
 @pytest.fixture
 def two(gate: GateUnderTest, mock: Callable[..., MockNode]) -> tuple[GateUnderTest, MockNode, MockNode]:
-    """A running gate in front of two mock nodes, a and b, of which a comes first while both are idle."""
+    """A running gate in front of two mock nodes, a and b, of which a comes first while both are idle. When neither is
+    ready it says so at once."""
     a, b = mock("a"), mock("b")
     gate.list_nodes(a, b)
-    gate.run()
+    gate.run("--ready-wait-s", "0")
     gate.wait_node("b", lambda node: node["usable"])
     gate.wait_node("a", lambda node: node["usable"])
     return gate, a, b

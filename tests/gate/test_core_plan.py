@@ -27,6 +27,7 @@ def failed(status: int) -> Outcome:
     return Outcome(Kind.FAILED, status)
 
 
+AWAY = refused(503, "draining")
 TOO_LONG = refused(400, "context_length_exceeded")
 MOVED = refused(404, "model_not_found")
 
@@ -86,6 +87,8 @@ def run(
         ([refused(503), ANSWERED], "ab", Verdict()),
         ([failed(503), ANSWERED], "ab", Verdict()),
         ([refused(503), BROKE, BROKE, ANSWERED], "abcb", Verdict()),
+        ([AWAY, ANSWERED], "ab", Verdict()),
+        ([AWAY, BROKE, BROKE, ANSWERED], "abcb", Verdict()),
         ([refused(401), ANSWERED], "ab", Verdict()),
         ([MOVED, ANSWERED], "ab", Verdict()),
         ([refused(404, "not_found")], "a", Verdict(hand_on=True)),
@@ -237,6 +240,21 @@ def test_a_restarted_node_is_another_node() -> None:
     assert done.took_s > 3
 
 
+@pytest.mark.parametrize("code", ["starting", "loading", "draining", "failed", "node_stopping"])
+def test_a_node_that_says_that_it_is_away_is_waited_for_until_it_has_started_anew(code: str) -> None:
+    again = Seat("a", "another boot", 100)
+    done = run([refused(503, code), ANSWERED], tries=1, begin=lambda now: (A,) if now < 3 else (again,))
+    assert (done.tried, done.verdict) == ("aa", Verdict())
+    assert done.took_s > 3
+
+
+def test_where_some_are_away_and_the_others_full_the_client_hears_so() -> None:
+    done = run([AWAY, refused(503, retry_after=7.0), AWAY])
+    assert done.tried == "abc"
+    assert done.verdict is not None and done.verdict.error is not None
+    assert (done.verdict.error.code, done.verdict.error.retry_after) == ("overloaded", 7.0)
+
+
 def test_the_first_retry_is_at_once_and_the_next_ones_spread_out() -> None:
     done = run([BROKE] * 7, tries=7)
     assert done.waits == [0.1, 0.2, 0.4, 0.8, 1.6]
@@ -245,7 +263,18 @@ def test_the_first_retry_is_at_once_and_the_next_ones_spread_out() -> None:
 
 
 KINDS = [GONE, BROKE, STALLED, HANDOVER, refused(503), refused(500), refused(401), refused(409), refused(400), MOVED]
-KINDS += [TOO_LONG, refused(404), refused(429), refused(504), failed(500), failed(503), failed(400), LATE, ANSWERED]
+KINDS += [
+    TOO_LONG,
+    refused(404),
+    refused(429),
+    refused(504),
+    failed(500),
+    failed(503),
+    failed(400),
+    LATE,
+    ANSWERED,
+    AWAY,
+]
 LAST = {400, 413, 422, 429, 504}
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -70,6 +71,32 @@ def test_a_model_that_is_absent_or_full_falls_back(events: tuple[Event, ...], mo
         found = choice(made, ask(model=asked))
         assert (found.model, found.name, sorted(names(found))) == (model, model, sorted(order))
         assert (f"fallback from {asked}" in found.notes) is (model == "small")
+
+
+GONE = Lost("a", "gone", NOW), Lost("b", "gone", NOW)
+
+
+def test_a_node_is_awaited_that_takes_no_work_now_but_would_do() -> None:
+    assert not choice(two_models(), ask(model="big")).awaited
+    assert choice(two_models(*GONE), ask(model="big")).awaited
+    drained = Leased(tuple(Lease(name, "me", "", 0.0, None) for name in "ab"))
+    assert choice(two_models(drained), ask(model="big")).awaited
+    loading = (Reported(name, replace(report(model="big"), state=State.LOADING), NOW) for name in "ab")
+    assert choice(two_models(*loading), ask(model="big")).awaited
+
+
+def test_a_node_is_not_awaited_that_will_not_do_either_when_it_is_back() -> None:
+    made = two_models(*GONE, big=Route(labels=frozenset({("zone", "z")})))
+    assert not choice(made, ask(model="big")).awaited
+    assert not choice(two_models(*GONE), replace(ask(model="big"), kinds=frozenset({"embedding"}))).awaited
+    assert not choice(two_models(*GONE), ask(model="none")).awaited
+
+
+def test_of_models_that_nobody_serves_now_the_one_is_awaited_that_may_come_back() -> None:
+    labels = frozenset({("zone", "z")})
+    made = two_models(*GONE, Lost("c", "gone", NOW), big=Route(fallback=("small",), labels=labels))
+    found = choice(made, ask(model="big"))
+    assert (names(found), found.model, found.awaited) == ([], "small", True)
 
 
 def test_an_answer_that_has_begun_stays_with_its_model() -> None:

@@ -14,7 +14,7 @@ from llmgate.core.fleet import Dispatched, Finished, Listed, Lost, Reported, Vie
 from llmgate.core.policy import Ask, Choice
 from llmgate.core.queue import Priority
 from llmgate.listing import Address
-from llmgate.waiting import Turn, TurnedAway, Visit, Waiting
+from llmgate.waiting import NobodyReady, Turn, TurnedAway, Visit, Waiting
 from llmnode.wire.errors import DeadlineExceeded
 from llmnode.wire.node import Load, Model, Report, State
 
@@ -60,10 +60,11 @@ class Rig:
         priority: Priority = NORMAL,
         left: float = 600.0,
         rank: Callable[[], Choice] | None = None,
+        ready_s: float = 30.0,
     ) -> None:
         """Start a request that is answered until `end(name)`."""
         self._ends[name] = asyncio.Event()
-        visit = self.visit(key, priority, left, rank)
+        visit = self.visit(key, priority, left, rank, ready_s)
         self._tasks[name] = asyncio.create_task(self._answer(name, visit))
         await settled()
 
@@ -73,9 +74,10 @@ class Rig:
         priority: Priority = NORMAL,
         left: float = 600.0,
         rank: Callable[[], Choice] | None = None,
+        ready_s: float = 30.0,
     ) -> Visit:
         rank = rank or self.rank
-        return Visit("tiny", key, priority, self.now + left, rank(), rank, self._beat)
+        return Visit("tiny", key, priority, self.now + left, self.now + ready_s, rank(), rank, self._beat)
 
     async def _beat(self) -> None:
         self.beaten.set()
@@ -408,6 +410,97 @@ def test_when_no_node_is_left_it_waits_for_one() -> None:
         rig.report("a")
         await settled()
         assert rig.went == ["1", "2", "3"]
+
+    run(test)
+
+
+def away(*, limit: int = 100) -> Rig:
+    """A rig whose only node has gone."""
+    rig = Rig("a", limit=limit)
+    rig.view.apply(Lost("a", "gone", rig.now))
+    return rig
+
+
+def test_one_that_comes_while_no_node_is_ready_waits_for_one() -> None:
+    async def test() -> None:
+        rig = away()
+        for name in "123":
+            await rig.ask(name)
+        assert (rig.went, rig.length) == ([], 3)
+        rig.now += 5.0
+        rig.report("a")
+        await settled()
+        assert (rig.went, rig.length) == (["1", "2"], 1)
+        assert rig.turns["1"].waited == 5.0
+        rig.now += 1.0
+        await rig.end("1")
+        assert rig.went == ["1", "2", "3"]
+
+    run(test)
+
+
+def test_one_for_which_no_node_gets_ready_is_told_so_in_time() -> None:
+    async def test() -> None:
+        rig = away()
+        await rig.ask("1", ready_s=5.0)
+        await rig.ask("2", ready_s=6.0)
+        rig.now += 5.0
+        with pytest.raises(NobodyReady) as caught:
+            await rig._tasks["1"]
+        assert caught.value.waited == 5.0
+        assert (rig.went, rig.length) == ([], 1)
+
+    run(test)
+
+
+def test_one_whose_node_is_back_and_full_waits_on() -> None:
+    async def test() -> None:
+        rig = away()
+        await rig.ask("1", ready_s=5.0)
+        rig.now += 4.0
+        rig.report("a", running=1, waiting=4)
+        await settled()
+        rig.now += 60.0
+        await asyncio.sleep(3 * BEAT_S)
+        assert (rig.went, rig.length) == ([], 1)
+        rig.report("a")
+        await settled()
+        assert rig.went == ["1"]
+
+    run(test)
+
+
+def test_nobody_is_given_up_without_a_last_look() -> None:
+    """A node that got ready right after a look would else be seen too late."""
+
+    async def test() -> None:
+        rig = away()
+        await rig.ask("1", ready_s=0.1)
+        rig.report("a")
+        await settled()
+        assert rig.went == []
+        rig.now += 0.1
+        await asyncio.sleep(3 * BEAT_S)
+        assert rig.went == ["1"]
+
+    run(test)
+
+
+def test_while_no_node_is_ready_nobody_is_late_but_the_line_is_bounded() -> None:
+    async def test() -> None:
+        rig = Rig("a", limit=3)
+        for name in "123":
+            await rig.ask(name)
+        rig.now += 100.0
+        await rig.end("1", "2", "3")
+        rig.view.apply(Lost("a", "gone", rig.now))
+        for name in "456":
+            await rig.ask(name, left=50.0)
+        assert rig.length == 3
+        await rig.ask("7", left=50.0)
+        assert (await rig.refused("7")).reason == "full"
+        await rig.leave("4")
+        assert rig.length == 2
 
     run(test)
 

@@ -209,7 +209,7 @@ def test_all_workers_answer_and_count_together_also_what_a_killed_one_has_counte
 
 
 def test_a_lease_taken_through_one_worker_is_seen_by_all(crew: Crew) -> None:
-    gate = crew(3)
+    gate = crew(3, "--ready-wait-s", "0")
     with one_client_each(gate, 3) as clients:
         taken = clients[0].post("/admin/nodes/a/drain", json={"owner": "me", "force": True})
         assert taken.status_code == 200, taken.text
