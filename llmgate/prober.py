@@ -58,7 +58,7 @@ class Prober:
             self._etags.pop(key[0], None)
             self._said.pop(key[0], None)
         for name, url in sorted(wanted - set(self._tasks)):
-            self._tasks[name, url] = asyncio.create_task(self._poll_forever(name), name=f"poll {name}")
+            self._tasks[name, url] = asyncio.create_task(self._poll_on(name, url), name=f"poll {name}")
 
     async def stop(self) -> None:
         tasks = list(self._tasks.values())
@@ -75,8 +75,10 @@ class Prober:
                 return
             await asyncio.sleep(0.01)
 
-    async def _poll_forever(self, name: str) -> None:
-        while True:
+    async def _poll_on(self, name: str, url: str) -> None:
+        """Until the node is listed there no more. Being cancelled only hurries that: a library may swallow it
+        (`asyncio.wait_for` before Python 3.12 does at times), and a task that polls on keeps a gate from ending."""
+        while self._tasks.get((name, url)) is asyncio.current_task():
             started = self._clock()
             node = self._fleet().nodes.get(name)
             if node is not None:
