@@ -291,7 +291,7 @@ async def _ask_all(settings: Settings, token: str, nodes: Listing) -> Fleet:
 
     async def ask(address: Address) -> Reported | Lost:
         try:
-            status, _, body = await relay.fetch(address.url + "/node", timeout_s=settings.stale_after_s)
+            status, _, body = await relay.fetch(address.url, "/node", timeout_s=settings.stale_after_s)
             if status != 200:
                 return Lost(address.name, f"GET /node answered {status}", 0.0)
             return Reported(address.name, Report.parse(json.loads(body)), 0.0)

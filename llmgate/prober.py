@@ -22,12 +22,12 @@ _JITTER = 0.1
 
 
 class Fetch(Protocol):
-    """GET a URL with the fleet token -> (status, ETag or "", body).
+    """GET a path of a node, with the fleet token -> (status, ETag or "", body). `base`: http://host:port.
 
     Raises OSError whose text is the reason, ConnectionRefusedError when no connection could be made.
     """
 
-    async def __call__(self, url: str, *, etag: str, timeout_s: float) -> tuple[int, str, bytes]: ...
+    async def __call__(self, base: str, path: str, *, etag: str, timeout_s: float) -> tuple[int, str, bytes]: ...
 
 
 class Prober:
@@ -100,7 +100,7 @@ class Prober:
         """One poll, as the event to publish."""
         known = self._etags.get(node.name, "") if node.report else ""
         try:
-            status, etag, body = await self._fetch(node.url + "/node", etag=known, timeout_s=self._stale_after_s)
+            status, etag, body = await self._fetch(node.url, "/node", etag=known, timeout_s=self._stale_after_s)
         except ConnectionRefusedError as error:
             return Lost(node.name, str(error), self._clock())
         except OSError as error:

@@ -1,7 +1,7 @@
 """One attempt at one node: the request's bytes out, the answer's bytes in, cancellation both ways.
 
-Owns the HTTP client; nobody else in the gate imports one. Decides nothing about other nodes: it says what came of the
-attempt and `core/plan.py` goes on from there. Which bytes may go on, `core/reader.py` knows.
+Decides nothing about other nodes: it says what came of the attempt and `core/plan.py` goes on from there. Of sockets
+knows `upstream.py`, of which bytes may go on `core/reader.py`.
 
 The answer takes one of three ways:
 - an error status: read whole (bounded) and kept, so that the plan may try elsewhere or hand it on;
@@ -11,28 +11,23 @@ The answer takes one of three ways:
 
 Memory per request: frames that wait for their marker and the one being completed (at most FRAME_LIMIT together, or
 BODY_LIMIT for an answer that is collected), 4 bytes for each committed token id, and what the two sockets buffer
-(64 KiB each); more is read only when the client's socket has taken what came before.
+(64 KiB each, and one read); more is read only when the client's socket has taken what came before.
 
 Cancelling the task closes the connection to the node at once, which is how a node learns that its client has gone. So
-does the end of an attempt that failed: a node that was only asleep must not speak again.
+does the end of an attempt that failed, and the deadline: a node that was only asleep must not speak again.
 """
 
 from __future__ import annotations
 
-import asyncio
 import json
-import os
 import ssl
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import aiohttp
-import httpx
-from httpx_aiohttp import AiohttpTransport
-
 from llmgate.core.plan import Got, Kind, Outcome
 from llmgate.core.reader import Reader
+from llmgate.upstream import Answer, Late, Patience, Stalled, Unreachable, Upstream, UpstreamError
 from llmnode.wire import headers as names
 from llmnode.wire import resume
 from llmnode.wire.node import Usage
@@ -46,6 +41,8 @@ _KEEP_IDLE_S = 15.0
 """Idle connections to nodes are dropped after so long, well before the 120 s after which a node would drop them."""
 
 _FORWARD = ("content-type", "accept", "traceparent", "tracestate", "user-agent")
+_NO_VALUE = frozenset("\r\n\0")
+"""Cannot be in a header's value (RFC 9110, 5.5). Sanic lets single ones pass; such a header stays behind."""
 _RETURN = ("content-type", names.IGNORED, "x-accel-buffering", "cache-control")
 _ERROR_STATUS = {
     "invalid_request_error": 400,
@@ -54,8 +51,8 @@ _ERROR_STATUS = {
     "overloaded_error": 503,
     "timeout_error": 504,
 }
-# The transport translates most of aiohttp's errors into httpx's, but not all; ValueError: an answer over its limit.
-_FAILURES = (httpx.HTTPError, httpx.StreamError, aiohttp.ClientError, OSError, asyncio.TimeoutError, ValueError)
+# ValueError: an answer over its limit.
+_FAILURES = (UpstreamError, ValueError)
 
 
 class Client(Protocol):
@@ -128,57 +125,60 @@ class Relay:
         context: ssl.SSLContext | None = None,
     ) -> None:
         """`context`: what to connect to https:// nodes with; None for the system's authorities."""
-        self._token = token
+        self._authorization = [("authorization", f"Bearer {token}")] if token else []
         self._clock = clock
         self._connect_s, self._stall_s, self._request_s = connect_timeout_s, stall_timeout_s, request_timeout_s
-        # trust_env off: a proxy or .netrc of the host must not come between the gate and its nodes.
-        self._http = httpx.AsyncClient(
-            transport=AiohttpTransport(client=lambda: _session(context)),
-            trust_env=False,
-            headers={"accept-encoding": "identity"},
-        )
+        self._upstream = Upstream(idle_s=_KEEP_IDLE_S, tls=context)
 
     async def close(self) -> None:
-        await self._http.aclose()
+        await self._upstream.close()
 
-    async def fetch(self, url: str, *, etag: str = "", timeout_s: float) -> tuple[int, str, bytes]:
+    async def fetch(self, base: str, path: str, *, etag: str = "", timeout_s: float) -> tuple[int, str, bytes]:
         """GET with the fleet token, for polls -> (status, ETag or "", body).
 
         Raises ConnectionRefusedError when no connection could be made, else ConnectionError; both say why.
         """
-        headers = self._authorization() | ({"if-none-match": etag} if etag else {})
+        headers = [*self._authorization, *([("if-none-match", etag)] if etag else [])]
+        patience = Patience(connect=timeout_s, take=timeout_s, silence=timeout_s, whole=timeout_s)
         try:
-            return await asyncio.wait_for(self._get(url, headers), timeout_s)
-        except asyncio.TimeoutError:
+            answer = await self._upstream.ask("GET", base, path, headers, b"", patience)
+            try:
+                body = await _read(answer, _POLL_LIMIT)
+            finally:
+                answer.close()
+        except Late:
             raise ConnectionError(f"no answer within {timeout_s:g} s") from None
         except _FAILURES as error:
-            refused = isinstance(error.__cause__ or error, aiohttp.ClientConnectorError)
-            raise (ConnectionRefusedError if refused else ConnectionError)(_reason(error)) from error
+            refused = isinstance(error, Unreachable)
+            raise (ConnectionRefusedError if refused else ConnectionError)(str(error)) from error
+        return answer.status, answer.headers.get("etag", ""), body
 
     async def begin(self, base: str, exchange: Exchange, client: Client) -> Outcome:
         """Send the request to one node and pass its answer on. Never raises but for cancellation by the client."""
         exchange.committed = Committed()
-        return await self._attempt(base + exchange.path, exchange.body, exchange, client, resumed=False)
+        return await self._attempt(base, exchange.path, exchange.body, exchange, client, resumed=False)
 
     async def resume(self, base: str, exchange: Exchange, client: Client) -> Outcome:
         """Have one node go on with what is committed, and pass that on. Raises like `begin`."""
         origin = exchange.origin
         assert origin is not None, "what is committed has an origin"
         body = Resume(exchange.path, origin, exchange.fixed, exchange.committed.ids(), exchange.body).write()
-        return await self._attempt(base + resume.PATH, body, exchange, client, resumed=True)
+        return await self._attempt(base, resume.PATH, body, exchange, client, resumed=True)
 
-    async def _attempt(self, url: str, body: bytes, exchange: Exchange, client: Client, *, resumed: bool) -> Outcome:
+    async def _attempt(
+        self, base: str, path: str, body: bytes, exchange: Exchange, client: Client, *, resumed: bool
+    ) -> Outcome:
         exchange.kept = None
+        left = exchange.deadline - self._clock()
         # A node that speaks no resume is silent until the whole of a JSON answer is there.
-        patience = self._stall_s if exchange.stream or exchange.origin else self._request_s
-        timeout = httpx.Timeout(connect=self._connect_s, read=patience, write=self._stall_s, pool=None)
-        request = self._http.build_request("POST", url, content=body, headers=self._headers(exchange), timeout=timeout)
+        silence = self._stall_s if exchange.stream or exchange.origin else self._request_s
+        patience = Patience(self._connect_s, self._stall_s, silence, left)
         try:
-            response = await self._http.send(request, stream=True)
+            response = await self._upstream.ask("POST", base, path, self._headers(exchange, left), body, patience)
         except _FAILURES as error:
-            return _failure(error)
+            return self._failure(error)
         try:
-            if response.status_code != 200:
+            if response.status != 200:
                 return await self._refused(response, exchange)
             marked = response.headers.get(names.RESUMABLE) == str(resume.VERSION)
             if resumed and not marked:
@@ -191,35 +191,35 @@ class Relay:
                 return await self._stream(response, exchange, client, marked=marked)
             return await self._whole(response, exchange)
         except _FAILURES as error:
-            return _failure(error)
+            return self._failure(error)
         finally:
-            await response.aclose()
+            response.close()
 
-    async def _refused(self, response: httpx.Response, exchange: Exchange) -> Outcome:
+    async def _refused(self, response: Answer, exchange: Exchange) -> Outcome:
         body = await _read(response, _ERROR_LIMIT)
         headers = _returned(response)
         wait = response.headers.get("retry-after", "")
         if wait:
             headers["retry-after"] = wait
-        exchange.kept = Whole(response.status_code, headers, body)
+        exchange.kept = Whole(response.status, headers, body)
         _, code, message = _error(body)
-        return Outcome(Kind.REFUSED, response.status_code, code, float(wait) if wait.isdigit() else None, message)
+        return Outcome(Kind.REFUSED, response.status, code, float(wait) if wait.isdigit() else None, message)
 
-    async def _whole(self, response: httpx.Response, exchange: Exchange) -> Outcome:
+    async def _whole(self, response: Answer, exchange: Exchange) -> Outcome:
         body = await _read(response, BODY_LIMIT)
         exchange.first_content = self._clock()
         exchange.usage = _usage(body)
-        exchange.kept = Whole(response.status_code, _returned(response), body)
+        exchange.kept = Whole(response.status, _returned(response), body)
         return Outcome(Kind.ANSWERED)
 
-    async def _collect(self, response: httpx.Response, exchange: Exchange) -> Outcome:
+    async def _collect(self, response: Answer, exchange: Exchange) -> Outcome:
         """A JSON answer in the form of a stream: one event that holds the body, with markers before it."""
         frames: list[bytes] = []
 
         async def keep(data: bytes) -> None:
             frames.extend(frame for frame in data.split(b"\n\n") if frame.startswith(b"data: "))
 
-        outcome = await _follow(response, Reader(exchange.committed, BODY_LIMIT), exchange, keep)
+        outcome = await self._follow(response, Reader(exchange.committed, BODY_LIMIT), exchange, keep)
         if outcome.kind is not Kind.ANSWERED:
             return outcome
         if len(frames) != 2:
@@ -230,7 +230,7 @@ class Relay:
         exchange.kept = Whole(200, _returned(response) | {"content-type": "application/json"}, body)
         return outcome
 
-    async def _stream(self, response: httpx.Response, exchange: Exchange, client: Client, *, marked: bool) -> Outcome:
+    async def _stream(self, response: Answer, exchange: Exchange, client: Client, *, marked: bool) -> Outcome:
         reader = Reader(exchange.committed if marked else None, FRAME_LIMIT)
         silent = True
 
@@ -247,74 +247,64 @@ class Relay:
             exchange.sent = now
             await self._pass_on(response, client, data)
 
-        return await _follow(response, reader, exchange, pass_on)
+        return await self._follow(response, reader, exchange, pass_on)
 
-    async def _pass_on(self, response: httpx.Response, client: Client, data: bytes) -> None:
+    async def _pass_on(self, response: Answer, client: Client, data: bytes) -> None:
         if not client.begun:
             # A proxy in front of the gate must not hold a stream back, whatever the node said.
-            await client.begin(response.status_code, {"x-accel-buffering": "no"} | _returned(response))
+            await client.begin(response.status, {"x-accel-buffering": "no"} | _returned(response))
         await client.send(data)
 
-    async def _get(self, url: str, headers: Mapping[str, str]) -> tuple[int, str, bytes]:
-        request = self._http.build_request("GET", url, headers=headers, timeout=None)
-        response = await self._http.send(request, stream=True)
+    async def _follow(
+        self, response: Answer, reader: Reader, exchange: Exchange, take: Callable[[bytes], Awaitable[None]]
+    ) -> Outcome:
+        """Read an event stream to its end, or to where there is nothing more to be had from it."""
+        failure: Outcome | None = None
         try:
-            body = await _read(response, _POLL_LIMIT)
-        finally:
-            await response.aclose()
-        return response.status_code, response.headers.get("etag", ""), body
+            while chunk := await response.read():
+                data = reader.feed(chunk)
+                if data:
+                    await take(data)
+                if reader.over and not reader.done:
+                    break
+        except _FAILURES as error:
+            failure = self._failure(error)
+        exchange.usage = reader.usage or exchange.usage
+        if reader.done:  # what comes after that, or does not, is nobody's concern
+            return Outcome(Kind.ANSWERED)
+        if reader.handover:
+            return Outcome(Kind.HANDOVER)
+        if reader.error is not None:
+            return _failed(reader.error, exchange)
+        if failure:
+            return failure
+        return Outcome(Kind.BROKE, detail=reader.broken or "it ended the stream without [DONE]")
 
-    def _headers(self, exchange: Exchange) -> dict[str, str]:
-        """What goes to the node: a short list of the client's headers, and ours."""
-        headers = {name: exchange.headers[name] for name in _FORWARD if name in exchange.headers}
-        headers[names.REQUEST_ID] = exchange.request_id
-        headers[names.DEADLINE_MS] = str(max(1, int((exchange.deadline - self._clock()) * 1000)))
+    def _failure(self, error: Exception) -> Outcome:
+        """What it means that nothing more comes."""
+        if isinstance(error, Late):
+            return Outcome(Kind.LATE, detail=f"the answer was not complete within {self._request_s:g} s")
+        if isinstance(error, Unreachable):
+            return Outcome(Kind.UNREACHABLE, detail=str(error))
+        return Outcome(Kind.STALLED if isinstance(error, Stalled) else Kind.BROKE, detail=str(error))
+
+    def _headers(self, exchange: Exchange, left: float) -> list[tuple[str, str]]:
+        """What goes to the node: a short list of the client's headers, and ours. `left`: seconds to the deadline."""
+        sent = [(name, exchange.headers[name]) for name in _FORWARD if name in exchange.headers]
+        headers = [(name, value) for name, value in sent if not _NO_VALUE.intersection(value)]
+        headers.append((names.REQUEST_ID, exchange.request_id))
+        headers.append((names.DEADLINE_MS, str(max(1, int(left * 1000)))))
         if exchange.stream or exchange.origin:
-            headers[names.REPORT_USAGE] = "1"
+            headers.append((names.REPORT_USAGE, "1"))
         if exchange.origin:
-            headers[names.RESUMABLE] = exchange.fixed.header()
-        return headers | self._authorization()
-
-    def _authorization(self) -> dict[str, str]:
-        return {"authorization": f"Bearer {self._token}"} if self._token else {}
+            headers.append((names.RESUMABLE, exchange.fixed.header()))
+        return headers + self._authorization
 
 
-def _session(context: ssl.SSLContext | None) -> aiohttp.ClientSession:
-    # limit=0: the node's own queue says when it is full, a cap here would only hide it.
-    connector = aiohttp.TCPConnector(limit=0, keepalive_timeout=_KEEP_IDLE_S, ssl=context or True)
-    return aiohttp.ClientSession(connector=connector, cookie_jar=aiohttp.DummyCookieJar(), trust_env=False)
-
-
-async def _follow(
-    response: httpx.Response, reader: Reader, exchange: Exchange, take: Callable[[bytes], Awaitable[None]]
-) -> Outcome:
-    """Read an event stream to its end, or to where there is nothing more to be had from it."""
-    failure: Outcome | None = None
-    try:
-        async for chunk in response.aiter_raw():
-            data = reader.feed(chunk)
-            if data:
-                await take(data)
-            if reader.over and not reader.done:
-                break
-    except _FAILURES as error:
-        failure = _failure(error)
-    exchange.usage = reader.usage or exchange.usage
-    if reader.done:  # what comes after that, or does not, is nobody's concern
-        return Outcome(Kind.ANSWERED)
-    if reader.handover:
-        return Outcome(Kind.HANDOVER)
-    if reader.error is not None:
-        return _failed(reader.error, exchange)
-    if failure:
-        return failure
-    return Outcome(Kind.BROKE, detail=reader.broken or "it ended the stream without [DONE]")
-
-
-async def _read(response: httpx.Response, limit: int) -> bytes:
+async def _read(response: Answer, limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
-    async for chunk in response.aiter_raw():
+    while chunk := await response.read():
         size += len(chunk)
         if size > limit:
             raise ValueError(f"its answer is longer than {limit} bytes")
@@ -322,37 +312,8 @@ async def _read(response: httpx.Response, limit: int) -> bytes:
     return b"".join(parts)
 
 
-def _returned(response: httpx.Response) -> dict[str, str]:
+def _returned(response: Answer) -> dict[str, str]:
     return {name: response.headers[name] for name in _RETURN if name in response.headers}
-
-
-def _failure(error: Exception) -> Outcome:
-    """What a failed connection means. The cause tells more than httpx's class: aiohttp's are finer."""
-    cause = error.__cause__ or error
-    if isinstance(cause, (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError)):
-        return Outcome(Kind.UNREACHABLE, detail=_reason(error))
-    if isinstance(cause, (asyncio.TimeoutError, httpx.TimeoutException)):
-        return Outcome(Kind.STALLED, detail=_reason(error))
-    return Outcome(Kind.BROKE, detail=_reason(error))
-
-
-def _reason(error: Exception) -> str:
-    """A failure in a few words, without the addresses that the nodes file has already."""
-    cause = error.__cause__ or error
-    if isinstance(cause, aiohttp.ClientConnectorCertificateError):
-        return f"its certificate is not good: {getattr(cause.certificate_error, 'verify_message', cause)}"
-    if isinstance(cause, aiohttp.ClientConnectorSSLError):
-        return f"it speaks no TLS that we do: {cause.os_error.strerror}"
-    if isinstance(cause, aiohttp.ClientConnectorError):
-        number = cause.os_error.errno
-        return os.strerror(number).lower() if number else "cannot connect"
-    if isinstance(cause, aiohttp.ConnectionTimeoutError):
-        return "no connection within the connect timeout"
-    if isinstance(cause, asyncio.TimeoutError):
-        return "nothing came within the timeout"
-    if isinstance(cause, aiohttp.ServerDisconnectedError):
-        return "it closed the connection"
-    return str(cause) or type(cause).__name__
 
 
 def _error(body: bytes) -> tuple[str, str, str]:

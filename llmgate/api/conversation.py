@@ -299,7 +299,7 @@ class Conversations:
         attempt = self._resume(node, talk) if step.resume else self._begin(node, talk)
         known, computed = exchange.committed.size if step.resume else 0, True
         try:
-            outcome = await self._in_time(attempt, exchange.deadline)
+            outcome = await attempt
             computed = outcome.kind is Kind.ANSWERED or exchange.committed.size > known
         finally:
             cached = exchange.usage.cached_tokens if exchange.usage else None
@@ -320,23 +320,6 @@ class Conversations:
         choice = talk.heirs if step.resume and talk.heirs else talk.choice
         to = next((candidate for candidate in choice.ranked if candidate.name == step.node), None)
         return choice.sent(to, talk.record.id, now) if to else None
-
-    async def _in_time(self, attempt: Coroutine[Any, Any, Outcome], deadline: float) -> Outcome:
-        """Make the attempt, cut at the deadline. Not `asyncio.wait_for`: before Python 3.12 that lets a cancellation
-        pass unheard which comes together with the result, and then nobody would notice that the client has left."""
-        task = asyncio.ensure_future(attempt)
-        late = False
-        try:
-            await asyncio.wait({task}, timeout=deadline - self._clock())
-            late = not task.done()
-        finally:
-            if not task.done():
-                task.cancel()
-                await asyncio.wait({task})
-        if late and task.cancelled():
-            limit = self._settings.request_timeout_s
-            return Outcome(Kind.LATE, detail=f"the answer was not complete within {limit:g} s")
-        return task.result()
 
     async def _conclude(self, verdict: Verdict, talk: _Talk) -> HTTPResponse | None:
         """Say the end: as a status while that is possible, else as the stream's last event, without [DONE]."""

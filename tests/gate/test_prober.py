@@ -15,7 +15,7 @@ from llmgate.prober import Prober
 def test_polling_ends_although_its_cancellation_is_swallowed(gone: str) -> None:
     polls = swallowed = 0
 
-    async def fetch(url: str, *, etag: str, timeout_s: float) -> tuple[int, str, bytes]:
+    async def fetch(base: str, path: str, *, etag: str, timeout_s: float) -> tuple[int, str, bytes]:
         nonlocal polls, swallowed
         polls += 1
         try:

@@ -66,6 +66,28 @@ def test_the_clients_key_and_llmracks_own_headers_do_not_reach_the_node(two: Two
     assert sent["traceparent"] == "00-ab-cd-01"
 
 
+@pytest.mark.parametrize("end", ["\n", "\r", "\0"])
+def test_a_header_that_hides_another_stays_behind(two: Two, end: str) -> None:
+    """A single line's end inside a value may pass for the end of the header at whoever reads it next."""
+    gate, a, _ = two
+    lines = [
+        "POST /v1/chat/completions HTTP/1.1",
+        "host: gate",
+        "connection: close",
+        f"authorization: Bearer {gate.secret}",
+        f"traceparent: 00-ab-cd-01{end}x-hidden: 1{end}x-more: 2",
+        "tracestate: open",
+        "content-length: 16",
+    ]
+    with socket.create_connection(("127.0.0.1", int(gate.url.rsplit(":", 1)[1])), timeout=60) as client:
+        client.sendall("\r\n".join([*lines, "", '{"model":"tiny"}']).encode())
+        answer = client.makefile("rb").read()
+    assert answer.startswith(b"HTTP/1.1 200 ")
+    sent = a.requests[-1]["headers"]
+    assert sent["tracestate"] == "open"
+    assert "traceparent" not in sent and "x-hidden" not in str(sent)
+
+
 @pytest.mark.parametrize("fault", ["refuse_503", "error_500", "error_401", "not_found", "hang_up"])
 @pytest.mark.parametrize("streamed", [True, False])
 def test_another_node_answers_when_the_first_cannot(two: Two, fault: str, streamed: bool) -> None:
