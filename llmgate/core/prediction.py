@@ -55,10 +55,13 @@ def fresh(sents: Iterable[Sent], now: float) -> tuple[Sent, ...]:
     return tuple(sent for sent in sents if now - sent.now <= PREDICTED_S)
 
 
-def ended(sents: Iterable[Sent], sent: Sent, *, computed: bool) -> tuple[Sent, ...]:
+def ended(sents: tuple[Sent, ...], sent: Sent, *, computed: bool) -> tuple[Sent, ...]:
     """After its request has ended: nothing of it is left to compute. A node that did not take it will not hold it."""
-    over = dataclasses.replace(sent, tokens=0)
-    return tuple(over if other == sent else other for other in sents if computed or other != sent)
+    over = (dataclasses.replace(sent, tokens=0),) if computed else ()
+    for at, other in enumerate(sents):
+        if other is sent:
+            return (*sents[:at], *over, *sents[at + 1 :])
+    return sents
 
 
 def corrected(sents: Iterable[Sent], wrong: Sent, cached: int) -> tuple[Sent, ...]:
@@ -71,9 +74,17 @@ def backlog(sents: Iterable[Sent], since: float) -> int:
     return sum(sent.tokens for sent in sents if sent.now > since)
 
 
-def depth(sents: Iterable[Sent], chain: Chain, now: float) -> int:
+def depth(sents: Sequence[Sent], chain: Chain, now: float) -> int:
     """How many blocks of the chain the node is about to hold."""
-    return max((common(sent.blocks, chain.blocks) for sent in sents if now - sent.now <= PREDICTED_S), default=0)
+    found, blocks, oldest = 0, chain.blocks, now - PREDICTED_S
+    for sent in reversed(sents):
+        if found == len(blocks) or sent.now < oldest:
+            break
+        # Who shares no more blocks than that is told by one look: a hash stands for all before it.
+        theirs = sent.blocks
+        if found < len(theirs) and theirs[found] == blocks[found]:
+            found = common(theirs, blocks)
+    return found
 
 
 def common(a: Sequence[int], b: Sequence[int]) -> int:

@@ -246,6 +246,20 @@ def test_shared_blocks_are_found_by_halving(shared: int, a: int, b: int) -> None
     assert prediction.common(one, one) == len(one)
 
 
+@given(
+    paths=st.lists(st.tuples(st.lists(st.integers(0, 1), max_size=5), st.floats(0, 2 * prediction.PREDICTED_S))),
+    asked=st.lists(st.integers(0, 1), max_size=5),
+)
+def test_what_was_sent_lately_is_found_whoever_sent_it(paths: list[tuple[list[int], float]], asked: list[int]) -> None:
+    def chain(path: list[int]) -> tuple[int, ...]:
+        return tuple(hash(tuple(path[: at + 1])) for at in range(len(path)))
+
+    lately = sorted(paths, key=lambda one: -one[1])
+    sents = tuple(Sent("r", chain(path), 0, 0, 0, NOW - age) for path, age in lately)
+    shared = [prediction.common(s.blocks, chain(asked)) for s in sents if NOW - s.now <= prediction.PREDICTED_S]
+    assert prediction.depth(sents, Chain(chain(asked), 0, 0), NOW) == max(shared, default=0)
+
+
 @given(predicted=st.integers(0, 5000), actual=st.integers(0, 5000))
 def test_a_correction_never_claims_more_blocks_than_before(predicted: int, actual: int) -> None:
     depth = predicted * 4 // BLOCK
