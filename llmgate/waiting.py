@@ -151,6 +151,11 @@ class Waiting:
 
     async def _admitted(self, line: _Line, ticket: Ticket, visit: Visit) -> Choice:
         """The choice, once it is this one's turn, with a place taken at the first node of it."""
+        at_once = None if line.waiters else placed(visit.choice, self._view.fleet)
+        if at_once:
+            line.queue.pass_by(ticket)
+            self._view.apply(Kept(at_once.ranked[0].name))
+            return at_once
         waiter = _Waiter(visit, asyncio.get_running_loop().create_future(), homeless=not visit.choice.ranked)
         line.queue.push(ticket)
         line.waiters[ticket] = waiter

@@ -47,6 +47,20 @@ def test_one_key_goes_in_order_of_arrival() -> None:
     assert [queue.take(anyone) for _ in range(6)] == [*tickets, None]
 
 
+@given(st.lists(st.tuples(KEYS, PRIORITIES, st.floats(0.1, 10.0), st.booleans()), max_size=20))
+def test_going_at_once_is_charged_like_going_through_the_queue(asks: list[tuple[str, Priority, float, bool]]) -> None:
+    through, by = Queue(), Queue()
+    for key, priority, cost, settled in asks:
+        ticket = Ticket(key, priority, cost)
+        through.push(ticket)
+        assert through.take(anyone) is ticket
+        by.pass_by(ticket)
+        if settled:
+            through.settle(ticket, 1.0)
+            by.settle(ticket, 1.0)
+        assert vars(by) == vars(through)
+
+
 @pytest.mark.parametrize("took", [0.0, 0.1, 1.0, 10.0])
 def test_a_flood_delays_another_keys_single_request_by_one_turn_at_most(took: float) -> None:
     """Also where the flood was charged too much or too little at first, and has many answers under way."""
