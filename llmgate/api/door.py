@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import re
-import uuid
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -87,6 +87,6 @@ def request_id(request: Request) -> str:
     if isinstance(known, str):
         return known
     sent = request.headers.get(names.REQUEST_ID) or ""
-    made = sent if _ID.fullmatch(sent) else f"req-{uuid.uuid4().hex}"
+    made = sent if _ID.fullmatch(sent) else f"req-{os.urandom(16).hex()}"
     request.ctx.request_id = made
     return made

@@ -120,5 +120,7 @@ def _unsuited(node: Node, model: Model | None, kinds: frozenset[str], labels: La
         return ""
     if not kinds.intersection(model.kinds):
         return f"it offers {model.id} for {', '.join(model.kinds) or 'nothing'} only"
+    if labels <= node.labels:
+        return ""
     lacks = ", ".join(f"{name}={value}" for name, value in sorted(labels - node.labels))
-    return f"it lacks the label {lacks}" if lacks else ""
+    return f"it lacks the label {lacks}"

@@ -16,6 +16,7 @@ import dataclasses
 import math
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llmgate.core import prediction
 from llmgate.core.health import OUT, Condition, Health, Rules, Signal
@@ -103,7 +104,7 @@ class Node:
         reported = self.report.load.running + self.report.load.waiting
         return max(self.in_flight, reported + self.in_flight - self.counted) + self.kept
 
-    @property
+    @cached_property
     def backlog(self) -> int:
         """Prompt tokens to be computed there: those it reported, and those sent since."""
         reported = self.report.load.queued_prompt_tokens if self.report else 0
@@ -286,7 +287,7 @@ class Fleet:
             sent = prediction.add(node.sent, event.sent) if event.sent else node.sent
             node = dataclasses.replace(node, in_flight=node.in_flight + 1, turn=turns, sent=sent)
             node = self._told(node, Signal.SENT, event.now)
-        return dataclasses.replace(self._with(node), turns=turns)._called_back(event.now)
+        return self._with(node, turns)._called_back(event.now)
 
     def models(self) -> dict[str, list[Node]]:
         """Every model id that some listed node last said it serves, with those nodes."""
@@ -317,12 +318,13 @@ class Fleet:
         """Nodes that have never reported, whose models nobody can know."""
         return [node.name for node in self.nodes.values() if node.report is None]
 
-    def _with(self, node: Node) -> Fleet:
-        return dataclasses.replace(self, nodes={**self.nodes, node.name: node})
+    def _with(self, node: Node, turns: int | None = None) -> Fleet:
+        nodes = {**self.nodes, node.name: node}
+        return Fleet(nodes, self.turns if turns is None else turns, self.rules, self.routes)
 
     def _told(self, node: Node, signal: Signal, now: float, why: str = "") -> Node:
         health = node.health.after(signal, now, self.rules, turns=self.turns, why=why)
-        return dataclasses.replace(node, health=health)
+        return node if health is node.health else dataclasses.replace(node, health=health)
 
     def _reported(self, node: Node, event: Reported) -> Node:
         report = event.report or node.report

@@ -195,10 +195,12 @@ class Health:
     def share(self, now: float) -> float:
         """How much of its slots to use, from 0 to 1. It ranks nodes; it refuses no work to a node that takes some."""
         health = self.at(now)
+        if health.state is Condition.UP:
+            return 1.0
         if health.state is Condition.SLOW_START and health.since is not None and health.until is not None:
             passed = (now - health.since) / (health.until - health.since)
             return SHARE_FLOOR + (1.0 - SHARE_FLOOR) * max(0.0, passed)
-        return {Condition.UP: 1.0, Condition.HALF_OPEN: SHARE_FLOOR}.get(health.state, 0.0)
+        return SHARE_FLOOR if health.state is Condition.HALF_OPEN else 0.0
 
     def _count(self, signal: Signal, now: float, rules: Rules) -> tuple[Health, Signal]:
         """Take the signal into the counts, which may make it a graver one."""

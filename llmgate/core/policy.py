@@ -30,6 +30,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from llmgate.core import candidate, rendezvous
 from llmgate.core.candidate import Candidate, Found
@@ -96,7 +97,7 @@ class Choice:
     notes: tuple[str, ...] = ()
     awaited: bool = False
 
-    @property
+    @cached_property
     def why(self) -> str:
         """One line for the request log, e.g. "least-loaded (load): a 1/4, b 3/4; not c (draining)"."""
         text = f"{self.policy} ({', '.join((self.reason, *self.notes))}): "

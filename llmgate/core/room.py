@@ -28,5 +28,7 @@ def placed(choice: Choice, fleet: Fleet) -> Choice | None:
     if not any(node.busy < node.slots + HEADROOM for _, node in nodes):
         return None
     first = next(candidate for candidate, node in nodes if node.busy < 2 * node.slots)
+    if first is choice.ranked[0]:
+        return choice
     others = (candidate for candidate in choice.ranked if candidate is not first)
     return dataclasses.replace(choice, ranked=(first, *others))
