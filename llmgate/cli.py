@@ -52,7 +52,7 @@ from llmnode.wire.node import Report
 OK, NO, BAD, PORT_IN_USE, NO_STORE = 0, 1, 2, 4, 5
 _LOOK_AFTER = 10_000
 """New objects after which a worker looks for garbage in cycles. After Python's own 700 it looks through the objects of
-all requests under way every few requests, which was a tenth of the processor time that a request takes."""
+all requests under way every few requests, which was a twentieth of the processor time that a request takes."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
