@@ -227,13 +227,10 @@ def _raise_file_limit() -> None:
 
 def _check(options: argparse.Namespace) -> int:
     settings = _load(options).values
-    token = configuration.read_fleet_token(settings)
-    nodes = configuration.read_nodes(settings).addresses
-    folder = configuration.state_dir(settings)
-    configuration.door_context(settings)
-    configuration.node_context(settings)
+    token, nodes, folder = configuration.usable(settings)
     _require_writable(folder)
-    print(f"settings are good: {len(nodes)} nodes, fleet token {'set' if token else 'not set'}, state in {folder}")
+    count = len(nodes.addresses)
+    print(f"settings are good: {count} nodes, fleet token {'set' if token else 'not set'}, state in {folder}")
     return OK
 
 

@@ -107,6 +107,15 @@ def read(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = No
     return load(Settings, flags=flags, environ=environ, prefix=PREFIX)
 
 
+def usable(settings: Settings) -> tuple[str, Listing, Path]:
+    """What a start reads from the files that the settings name: the fleet token, the nodes, the state folder; and the
+    certificates, which are only tried. Raises SettingError."""
+    found = read_fleet_token(settings), read_nodes(settings), state_dir(settings)
+    door_context(settings)
+    node_context(settings)
+    return found
+
+
 def door_context(settings: Settings) -> ssl.SSLContext | None:
     """What the gate listens with; None for plain HTTP. Raises SettingError."""
     return tls.server(tls.Files(settings.tls_cert_file, settings.tls_key_file))

@@ -470,11 +470,7 @@ def _made(kind: type[T], body: Mapping[str, Any], **changed: Any) -> T:
 def _checked(invocation: Invocation) -> Loaded[Settings]:
     """The settings, when they and the files that they name can be used. Raises SettingError."""
     loaded = configuration.read(invocation.flags)
-    configuration.read_fleet_token(loaded.values)
-    configuration.read_nodes(loaded.values)
-    configuration.state_dir(loaded.values)
-    configuration.door_context(loaded.values)
-    configuration.node_context(loaded.values)
+    configuration.usable(loaded.values)
     return loaded
 
 

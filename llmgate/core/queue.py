@@ -116,22 +116,14 @@ class Queue:
 
     def push(self, ticket: Ticket) -> None:
         """Add one that is not in here."""
-        group = self._classes[ticket.priority]
-        line = group.lines.setdefault(ticket.key, _Line())
-        if not line.waiting:
-            line.had = max(line.had, min((other.level for other in group.backlog()), default=group.level))
-        self._arrivals += 1
+        _, line = self._joined(ticket)
         line.waiting[ticket] = self._arrivals
         self._length += 1
 
     def pass_by(self, ticket: Ticket) -> None:
         """As `push` and `take` of one that goes at once, while nobody waits."""
         assert not self._length, "somebody waits"
-        group = self._classes[ticket.priority]
-        line = group.lines.setdefault(ticket.key, _Line())
-        line.had = max(line.had, group.level)
-        self._arrivals += 1
-        self._charge(group, line, ticket)
+        self._charge(*self._joined(ticket), ticket)
         for other in self._classes.values():
             other.passed = 0
 
@@ -192,6 +184,15 @@ class Queue:
                 group.passed = 0
             elif priority > went:
                 group.passed += 1
+
+    def _joined(self, ticket: Ticket) -> tuple[_Class, _Line]:
+        """Its class and its key's line there, which has no credit for the time in which it was empty."""
+        group = self._classes[ticket.priority]
+        line = group.lines.setdefault(ticket.key, _Line())
+        if not line.waiting:
+            line.had = max(line.had, min((other.level for other in group.backlog()), default=group.level))
+        self._arrivals += 1
+        return group, line
 
     def _charge(self, group: _Class, line: _Line, ticket: Ticket) -> None:
         self._turns += 1
