@@ -512,13 +512,14 @@ def require_up(places: Places) -> None:
 
 
 def enter(places: Places, command: Sequence[str]) -> None:
-    """Become `command` inside the controller's namespace."""
-    require_up(places)
+    """Become `command` inside the controller's namespace, also while some of the hosts are off."""
+    if not any(process_of(host, places) for host in ADDRESSES):
+        raise LabError("not up; start it with `make lab-up`")
     os.execvp("nsenter", [*inside_network(), "--", *command])
 
 
-def collect(places: Places) -> None:
-    """Fetch what a deployment needs from outside, to where the role llmrack_artifacts looks for it."""
+def fetch_release(places: Places) -> None:
+    """Fetch what a deployment needs from outside, where the role llmrack_artifacts looks: inside nothing can be."""
     require_up(places)
     python = sh(*inside_network(), *ssh_command(places), next(iter(ADDRESSES)), ASK_PYTHON_VERSION).stdout.strip()
     release = places.cache.parent / "releases" / f"cpu-{python}"
@@ -527,8 +528,8 @@ def collect(places: Places) -> None:
 
 
 def deploy(places: Places, arguments: Sequence[str]) -> None:
-    """Run playbooks/deploy.yml on the lab. What it needs from outside is fetched before going in, where nothing is."""
-    collect(places)
+    """Run playbooks/deploy.yml on the lab."""
+    fetch_release(places)
     beside = Path(sys.executable).parent / "ansible-playbook"
     playbook = str(beside) if beside.exists() else "ansible-playbook"
     enter(places, [playbook, "-i", "inventory/lab", "playbooks/deploy.yml", *arguments])

@@ -69,7 +69,7 @@ def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     accepted(run(*LAB, "down"))
     accepted(run(*LAB, "up"))
     try:
-        lab.collect(PLACES)
+        lab.fetch_release(PLACES)
         galaxy = [str(Path(sys.executable).with_name("ansible-galaxy")), "collection"]
         accepted(run(*galaxy, "build", "--output-path", str(home)))
         (archive,) = home.glob("*.tar.gz")

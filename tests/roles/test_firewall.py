@@ -83,6 +83,27 @@ def test_the_rules_of_others_are_left_alone(rules: str) -> None:
     assert rules.index("\ntable inet llmrack\n") < rules.index("\ndelete table") < rules.index("\ntable inet llmrack {")
 
 
+@pytest.mark.parametrize(
+    ("role", "settings", "complaint"),
+    [
+        ("llmrack_virtual_address", {"llmrack_virtual_address": "gate.example"}, "must be an IP address, perhaps with"),
+        ("llmrack_virtual_address", {"llmrack_virtual_address": "192.0.2.9"}, "cannot look up nowhere.invalid: set"),
+        ("llmrack_firewall", {"llmrack_firewall": True}, "cannot look up nowhere.invalid, so it does not know whom"),
+    ],
+)
+def test_what_cannot_work_is_named_before_anything_is_touched(
+    role: str, settings: dict[str, Any], complaint: str, tmp_path: Path
+) -> None:
+    groups = {"llmgate": {"hosts": {"nowhere.invalid": None}}, "llmnode": {"hosts": {"here": {"ansible_host": "::1"}}}}
+    (tmp_path / "hosts.yml").write_text(yaml.safe_dump(groups))
+    include = {"ansible.builtin.include_role": {"name": role, "tasks_from": "preflight"}}
+    play = {"hosts": "here", "connection": "local", "gather_facts": False, "vars": settings, "tasks": [include]}
+    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
+    said = ansible("ansible-playbook", "-i", tmp_path / "hosts.yml", tmp_path / "play.yml")
+    assert said.returncode != 0
+    assert complaint in " ".join(said.stdout.split())
+
+
 @pytest.fixture
 def gate() -> Iterator[HTTPServer]:
     """Answers /200 with 200 and /503 with 503."""
