@@ -163,6 +163,7 @@ class _FleetGauges:
         in_flight = GaugeMetricFamily(_IN_FLIGHT, "Requests of this gate at a node now", labels=["node"])
         health = GaugeMetricFamily("llmgate_node_state", "1 for the state of a node's health", labels=["node", "state"])
         share = GaugeMetricFamily("llmgate_node_share", "How much of its slots is used by choice", labels=["node"])
+        lease = GaugeMetricFamily("llmgate_node_lease", "1 while a drain lease is on the node", labels=["node", "end"])
         for node in fleet.nodes.values():
             usable.add_metric([node.name], float(node.standing(now, self._stale_after_s).usable))
             in_flight.add_metric([node.name], running[node.name])
@@ -170,6 +171,9 @@ class _FleetGauges:
             current = node.health.at(now).state
             for condition in Condition:
                 health.add_metric([node.name, condition.word], float(current is condition))
+            ends = node.lease and ("stays" if node.lease.expires is None else "expires")
+            for end in ("expires", "stays"):
+                lease.add_metric([node.name, end], float(ends == end))
         queue = GaugeMetricFamily(_QUEUE_LENGTH, "Requests that wait for a node with room", labels=["model"])
         for model, length in self._waiting().items():
             queue.add_metric([model], length)
@@ -178,3 +182,4 @@ class _FleetGauges:
         yield queue
         yield health
         yield share
+        yield lease

@@ -58,7 +58,7 @@ class HostProbe:
 
 class Metrics:
     """The counters of the door. `stats` gives the engine's snapshot, None while there is no engine; `reported` how many
-    hashes of prefixes the last report had."""
+    hashes of prefixes the last report had; `gpus` how many GPUs the model is on."""
 
     def __init__(
         self,
@@ -66,10 +66,11 @@ class Metrics:
         probe: HostProbe,
         clock: Callable[[], float] = time.monotonic,
         reported: Callable[[], float] = lambda: 0,
+        gpus: Callable[[], float] = lambda: 0,
     ) -> None:
         self._clock = clock
         self._registry = CollectorRegistry()
-        self._registry.register(_Snapshots(stats, probe, clock))
+        self._registry.register(_Snapshots(stats, probe, clock, gpus))
         self.requests = Counter(
             "llmnode_requests", "Requests answered, by route and status", ("route", "status"), registry=self._registry
         )
@@ -168,10 +169,17 @@ def total(choices: Sequence[Usage]) -> Usage:
 class _Snapshots(Collector):
     """The engine's and the host's own figures, read when they are asked for."""
 
-    def __init__(self, stats: Callable[[], Stats | None], probe: HostProbe, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        stats: Callable[[], Stats | None],
+        probe: HostProbe,
+        clock: Callable[[], float],
+        gpus: Callable[[], float],
+    ) -> None:
         self._stats = stats
         self._probe = probe
         self._clock = clock
+        self._gpus = gpus
 
     def collect(self) -> Iterator[Metric]:
         host = self._probe.read()
@@ -185,6 +193,7 @@ class _Snapshots(Collector):
         now = self._clock()
         late = 0.0 if stats.step_deadline is None else max(0.0, now - stats.step_deadline)
         yield _gauge("llmnode_engine_heartbeat_age_seconds", "Since the engine's last step", now - stats.heartbeat)
+        yield _gauge("llmnode_gpus", "GPUs that the model is on", self._gpus())
         yield _gauge("llmnode_engine_step_overdue_seconds", "By how much the step now running is late", late)
         for name, meaning, value in _GAUGES:
             yield _gauge(name, meaning, value(stats))

@@ -110,7 +110,13 @@ class Serving:
         self.served: Served | None = None
         self.probe = HostProbe(clock=clock)
         self.residency = Residency()
-        self.metrics = Metrics(self.stats, self.probe, clock, lambda: self.residency.reported)
+        self.metrics = Metrics(
+            self.stats,
+            self.probe,
+            clock,
+            reported=lambda: self.residency.reported,
+            gpus=lambda: len(self.served.backend.devices) if self.served else 0,
+        )
         self._executor = executor
         self._busy = 0
         self._mailboxes: set[Mailbox] = set()

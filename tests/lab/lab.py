@@ -40,12 +40,15 @@ GLIBC = (2, 36)  # bookworm's: what is compiled on a machine with a newer one do
 PACKAGES = (
     "systemd,systemd-sysv,dbus,openssh-server,python3,python3-venv,iproute2,"
     # llama.cpp's CPU backends are linked against OpenMP's runtime; the hosts cannot fetch it later.
-    "libgomp1,ca-certificates,curl,procps"
+    "libgomp1,ca-certificates,curl,procps,"
+    # What is optional in a deployment. Roles start these themselves, so they are off in the image.
+    "nftables,keepalived,prometheus,prometheus-node-exporter"
 )
 # One line a change made after debootstrap; part of the image's key, so that editing it makes a new image.
 SETUP = (
     "systemctl mask systemd-networkd-wait-online.service",
     "systemctl disable apt-daily.timer apt-daily-upgrade.timer dpkg-db-backup.timer e2scrub_all.timer fstrim.timer",
+    "systemctl disable keepalived nftables prometheus prometheus-node-exporter",
     "rm -rf /var/cache/apt/archives/*.deb /var/lib/apt/lists/*",
     # Each host makes an identity of its own; debootstrap has copied this machine's.
     "rm -f /etc/hostname /var/lib/dbus/machine-id && truncate -s 0 /etc/machine-id",
@@ -362,6 +365,8 @@ def boot(host: str, tree: Path, places: Places) -> None:
 
     command = ["systemd-nspawn", "-q", "-D", str(tree), "--volatile=overlay", "--register=no", "--keep-unit"]
     command += ["-M", host, f"--hostname={host}", f"--network-namespace-path=/run/netns/{namespace_of(host)}"]
+    # The namespace is the host's own, so it may set up rules and addresses there as a real one does.
+    command += ["--capability=CAP_NET_ADMIN"]
     command += ["--resolv-conf=off", "--timezone=off", "--link-journal=no", "-b"]
     # Three hosts read one image, and none writes to it: nspawn's lock on the directory would refuse the second.
     environment = {**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "SYSTEMD_NSPAWN_LOCK": "0"}
@@ -507,18 +512,24 @@ def require_up(places: Places) -> None:
 
 
 def enter(places: Places, command: Sequence[str]) -> None:
-    """Become `command` inside the controller's namespace."""
-    require_up(places)
+    """Become `command` inside the controller's namespace, also while some of the hosts are off."""
+    if not any(process_of(host, places) for host in ADDRESSES):
+        raise LabError("not up; start it with `make lab-up`")
     os.execvp("nsenter", [*inside_network(), "--", *command])
 
 
-def deploy(places: Places, arguments: Sequence[str]) -> None:
-    """Run playbooks/deploy.yml on the lab. What it needs from outside is fetched before going in, where nothing is."""
+def fetch_release(places: Places) -> None:
+    """Fetch what a deployment needs from outside, where the role llmrack_artifacts looks: inside nothing can be."""
     require_up(places)
     python = sh(*inside_network(), *ssh_command(places), next(iter(ADDRESSES)), ASK_PYTHON_VERSION).stdout.strip()
-    release = places.cache.parent / "releases" / f"cpu-{python}"  # where the role llmrack_artifacts looks
+    release = places.cache.parent / "releases" / f"cpu-{python}"
     os.chdir(ROOT)
     fetch("roles/llmrack_artifacts/files/wheelhouse.py", "release", "--python", python, "--out", str(release))
+
+
+def deploy(places: Places, arguments: Sequence[str]) -> None:
+    """Run playbooks/deploy.yml on the lab."""
+    fetch_release(places)
     beside = Path(sys.executable).parent / "ansible-playbook"
     playbook = str(beside) if beside.exists() else "ansible-playbook"
     enter(places, [playbook, "-i", "inventory/lab", "playbooks/deploy.yml", *arguments])

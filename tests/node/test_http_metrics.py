@@ -10,7 +10,7 @@ import pytest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmgate.core.fleet import Fleet, Listed
+from llmgate.core.fleet import Fleet, Lease, Leased, Listed
 from llmgate.listing import Address
 from llmgate.metrics import Metrics as GateMetrics
 from llmnode.engine.types import Done, Finish, Stats, Text, Timings
@@ -112,6 +112,19 @@ def test_a_node_without_an_engine_still_answers() -> None:
     names = exposed(node_page(None))
     assert "llmnode_requests_total" in names
     assert "llmnode_slots" not in names
+
+
+@pytest.mark.parametrize(
+    ("lease", "expires", "stays"),
+    [(None, 0, 0), (Lease("a", "ansible", "", 1.0, 901.0), 1, 0), (Lease("a", "operator", "", 1.0, None), 0, 1)],
+)
+def test_a_drain_that_somebody_must_end_is_told_from_one_that_ends_by_itself(
+    lease: Lease | None, expires: int, stays: int
+) -> None:
+    fleet = Fleet().apply(Listed((Address("a", "http://a"),))).apply(Leased((lease,) if lease else ()))
+    page = GateMetrics(lambda: fleet, dict, lambda: 0.0, 3.0).text().decode()
+    assert f'llmgate_node_lease{{end="expires",node="a"}} {expires}.0' in page
+    assert f'llmgate_node_lease{{end="stays",node="a"}} {stays}.0' in page
 
 
 def test_a_prompt_that_several_choices_share_is_counted_once() -> None:

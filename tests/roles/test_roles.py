@@ -289,15 +289,6 @@ def test_labels_weights_and_routes_reach_the_gates_nodes_file(tmp_path: Path) ->
     )
 
 
-def test_a_collection_is_built_from_the_root_without_secrets(tmp_path: Path) -> None:
-    built = ansible("ansible-galaxy", "collection", "build", "--output-path", tmp_path)
-    assert built.returncode == 0, built.stderr
-    (archive,) = tmp_path.glob("llmrack-llmrack-*.tar.gz")
-    listing = subprocess.run(["tar", "-tzf", archive], text=True, capture_output=True, check=True).stdout.splitlines()
-    assert "roles/llmnode/tasks/main.yml" in listing and "playbooks/deploy.yml" in listing
-    assert not [name for name in listing if ".secrets" in name or name.startswith((".git/", ".venv"))]
-
-
 def _flat(text: str) -> str:
     """Text as a person reads it: Ansible wraps messages."""
     return " ".join(text.split())
