@@ -1,12 +1,14 @@
-"""Promises of a fleet with TLS everywhere; in order, on one lab (lab.py).
+"""Promises of a fleet with TLS everywhere, of its backup and of its removal; in order, on one lab (lab.py).
 
-Secrets and the authority are in a folder of the test's own.
+Secrets, the authority and backups are in a folder of the test's own.
 """
 
 from __future__ import annotations
 
 import json
+import re
 import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -21,13 +23,19 @@ pytestmark = [*lab_marks, pytest.mark.full]
 
 GATE = "https://198.18.0.11:8000"
 QUIET = {"lab1": 0, "lab2": 0, "lab3": 0}
+DROPIN = "/etc/systemd/system/llmnode@main.service.d/override.conf"
+FILES = (  # but those that Ansible, Python and the tools for users leave behind
+    "find /etc /opt /srv /usr /root -xdev -type f"
+    " | grep -v -e __pycache__ -e /[.]ansible -e '^/etc/[a-z]*-$' -e '^/etc/[.]pwd[.]lock$' | sort"
+)
+NAMES = "cut -d: -f1 /etc/passwd /etc/group | sort"
 
 
 class Door:
     """The fleet, with mutual TLS between gate and nodes and the internal authority's certificate at the door."""
 
     def __init__(self, folder: Path) -> None:
-        self.secrets, self.given = folder / "secrets", folder / "given.json"
+        self.secrets, self.backups, self.given = folder / "secrets", folder / "backups", folder / "given.json"
         self.authority = self.secrets / "ca/ca.crt"
         self.say()
 
@@ -35,6 +43,7 @@ class Door:
         """What the inventory says, from now on."""
         given = {
             "llmrack_secrets_dir": str(self.secrets),
+            "llmrack_backup_dir": str(self.backups),
             "llmgate_tls": "internal",
             "llmrack_tls_nodes": True,
             **variables,
@@ -43,6 +52,13 @@ class Door:
 
     def deploy(self, *arguments: str) -> str:
         return accepted(run(*LAB, "deploy", "-e", f"@{self.given}", *arguments))
+
+    def play(self, name: str, *arguments: str, succeeds: bool = True) -> str:
+        ansible = str(Path(sys.executable).with_name("ansible-playbook"))
+        command = [ansible, "-i", "inventory/lab", f"playbooks/{name}.yml", "-e", f"@{self.given}", *arguments]
+        done = run(*LAB, "exec", "--", *command)
+        assert (done.returncode == 0) is succeeds, f"{done.stdout[-6000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
 
     def curl(self, *arguments: str) -> subprocess.CompletedProcess[str]:
         return run(*LAB, "exec", "--", "curl", "-sS", "-m", "20", *arguments)
@@ -70,6 +86,7 @@ def door(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Door]:
     accepted(run(*LAB, "up"))
     door = Door(tmp_path_factory.mktemp("door"))
     try:
+        on("lab2", f"{FILES} > /tmp/files; {NAMES} > /tmp/names")
         door.deploy()
         yield door
     finally:
@@ -133,3 +150,49 @@ def test_certificates_are_renewed_without_a_restart(door: Door) -> None:
     assert door.ask()["usage"]["completion_tokens"] > 0
     assert {name: node["boot"] for name, node in door.nodes().items()} == boots
     assert on("lab1", "systemctl show --value -p MainPID llmgate") == process
+
+
+def test_a_fleet_that_was_removed_comes_back_from_its_backup_with_the_same_keys(door: Door) -> None:
+    create = "/opt/llmrack/current/bin/llmgate keys create alice --config /etc/llmrack/llmgate.toml"
+    alice = on("lab1", f"runuser -u llmrack -- {create}").split()[-1]
+    certificate = door.authority.read_text()
+    saved = door.play("backup")
+    name = re.search(r"The backup is in \S*/(\S+?)\. ", " ".join(saved.split()))
+    assert name, saved
+    assert (door.backups / name[1] / "gates/lab1.db").stat().st_mode & 0o777 == 0o600
+    secrets = [path.read_text().strip() for path in door.secrets.iterdir() if path.is_file()]
+    assert not [secret for secret in secrets if secret in saved]
+
+    on("lab2", f"printf '[Service]\\nNice=5\\n' > {DROPIN}")
+    assert "If that is meant" in " ".join(door.play("remove", succeeds=False).split())
+    door.play("remove", "--limit", "lab2", "-e", "llmrack_remove_confirmed=true")
+    assert on("lab3", "systemctl is-active llmnode@main") == "active"
+    assert on("lab2", "stat -c '%U %a' /var/lib/llmrack/llmnode/main") == "llmrack 700"
+    gone = ["-e", "llmrack_remove_confirmed=true", "-e", "llmrack_remove_data=true"]
+    door.play("remove", *gone)
+    left = on("lab2", f"{FILES} | comm -13 /tmp/files -")
+    assert {re.sub(r"handbook-\w+", "handbook", path) for path in left.splitlines()} == {
+        DROPIN, "/srv/llmrack/models/handbook.gguf", "/srv/llmrack/models/handbook.gguf.stamp",
+    }  # fmt: skip
+    ours = "/etc/llmrack /opt/llmrack /var/lib/llmrack /var/cache/llmrack"
+    assert on("lab2", f"ls -d {ours} 2>/dev/null || true") == ""
+    assert on("lab2", f"{NAMES} | comm -13 /tmp/names -") == ""
+    assert on("lab1", "systemctl list-units --all --plain --no-legend 'llm*'") == ""
+    assert changes(door.play("remove", *gone)) == QUIET
+
+    for path in sorted(door.secrets.rglob("*"), reverse=True):
+        path.rmdir() if path.is_dir() else path.unlink()
+    named = ["-e", f"llmrack_backup_name={name[1]}"]
+    door.play("restore", "--tags", "secrets", *named)
+    assert door.authority.read_text() == certificate
+    door.deploy()
+    door.play("restore", *named)
+    assert changes(door.play("restore", *named)) == QUIET
+    wait_for(door.all_usable, "both nodes to be usable")
+    assert door.ask()["usage"]["completion_tokens"] > 0
+    bearer = ["-H", f"Authorization: Bearer {alice}", "-o", "/dev/null", "-w", "%{http_code}"]
+    wait_for(
+        lambda: door.curl("--cacert", str(door.authority), *bearer, f"{GATE}/v1/models").stdout == "200",
+        "the gate to know a key from before",
+    )
+    assert changes(door.deploy()) == QUIET
