@@ -78,12 +78,12 @@ lab-up: $(STAMPS)/all ## boot three systemd hosts in containers (root)
 lab-deploy: $(STAMPS)/all ## deploy llmrack on the lab's hosts, over SSH
 	@$(LAB) deploy
 
+lab-full: $(STAMPS)/all ## every test on the lab's hosts, also those that take long (root)
+	@$(LAB) prepare
+	@$(BIN)/python -m pytest -m lab tests/lab
+
 lab-down: $(STAMPS)/all ## remove the lab's hosts
 	@$(LAB) down
-
-lab-full: $(STAMPS)/all ## every promise that takes the lab's hosts (root); the slow ones are in no other target
-	@$(LAB) prepare
-	@$(BIN)/python -m pytest -m lab
 
 clean: ## remove what make made here; the cache of built wheels stays
 	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .ansible

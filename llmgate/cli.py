@@ -1,11 +1,11 @@
 """The command line of the gate.
 
-    llmgate serve | check | settings | nodes | explain | keys create|list|revoke | demo
+    llmgate serve | check | settings | nodes | explain | keys create|list|revoke | backup | restore | demo
 
 Exit codes: 0 done; 1 the answer is no (`nodes`: one is not ready; `explain`: none can take the request; `keys`: no such
-key, or the name is taken); 2 bad configuration or arguments; 4 the port is in use; 5 the database cannot be used, and
-trying again may help (a full disk, a lock held too long). Messages go to standard error, one line, without a traceback;
-results to standard output.
+key, or the name is taken; `restore`: the file cannot be put back); 2 bad configuration or arguments; 4 the port is in
+use; 5 the database cannot be used, and trying again may help (a full disk, a lock held too long). Messages go to
+standard error, one line, without a traceback; results to standard output.
 
 What the HTTP server and client are needed for is imported where it is: `llmgate serve` is a small process that starts
 others, and they would triple its memory.
@@ -30,8 +30,8 @@ from datetime import datetime, timezone
 from pathlib import Path
 from typing import Any
 
+from llmgate import archive, supervisor
 from llmgate import settings as configuration
-from llmgate import supervisor
 from llmgate.core import body as bodies
 from llmgate.core import keys
 from llmgate.core.explanation import columns, explain
@@ -105,6 +105,15 @@ def _parser() -> argparse.ArgumentParser:
         add("explain", _explain, "Show which node each policy would choose for a request, and by which figures.")
     )
     _add_keys(add("keys", None, "Create, list and revoke API keys."))
+    for name, run, text in (
+        ("backup", _backup, "Copy keys and drain leases to a file, also while the gate runs."),
+        ("restore", _restore, "Put such a copy back, also while the gate runs; it replaces all keys and leases."),
+    ):
+        copying = add(name, run, text)
+        copying.add_argument("file", type=Path, metavar="FILE")
+        _add_place(copying)
+        if name == "restore":
+            copying.add_argument("--check", action="store_true", help="only say whether it would change anything")
     demo_parser = add(
         "demo",
         _demo,
@@ -168,8 +177,12 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     revoke.add_argument("name")
     revoke.set_defaults(command=_keys_revoke)
     for sub in (create, show, revoke):
-        sub.add_argument("--config", metavar="FILE", help="the gate's TOML file")
-        sub.add_argument("--state-dir", metavar="DIR", help="folder with llmgate.db")
+        _add_place(sub)
+
+
+def _add_place(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", metavar="FILE", help="the gate's TOML file")
+    parser.add_argument("--state-dir", metavar="DIR", help="folder with llmgate.db")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -399,6 +412,25 @@ def _keys_revoke(options: argparse.Namespace) -> int:
     if not done:
         return _say(NO, f"there is no live key named {options.name!r}")
     print("revoked")
+    return OK
+
+
+def _backup(options: argparse.Namespace) -> int:
+    folder = configuration.state_dir(_load(options).values)
+    _become_owner(folder)
+    archive.backup(folder, options.file)
+    print("written")
+    return OK
+
+
+def _restore(options: argparse.Namespace) -> int:
+    folder = configuration.state_dir(_load(options).values)
+    _become_owner(folder)
+    try:
+        changed = archive.restore(options.file, folder, check=options.check)
+    except archive.NotOurs as error:
+        return _say(NO, str(error))
+    print(("would be restored" if options.check else "restored") if changed else "unchanged")
     return OK
 
 

@@ -35,7 +35,7 @@ log = logging.getLogger("llmgate.ledger")
 FILE = "llmgate.db"
 _PIECE = 4096
 """Bytes that reach a pipe in one piece (PIPE_BUF of pipe(7)). A file takes any one write as a whole."""
-_SCHEMA_VERSION = 2
+SCHEMA_VERSION = 2
 _BUSY_MS = 5000
 _SCHEMA = """
 CREATE TABLE IF NOT EXISTS keys (
@@ -176,13 +176,13 @@ class Store:
         self._db.execute("BEGIN IMMEDIATE")
         try:
             found = self._db.execute("PRAGMA user_version").fetchone()[0]
-            if found > _SCHEMA_VERSION:
-                known = f"schema {found}, this one knows {_SCHEMA_VERSION}"
+            if found > SCHEMA_VERSION:
+                known = f"schema {found}, this one knows {SCHEMA_VERSION}"
                 raise StoreError(f"{path} was made by a newer llmgate ({known})")
-            work = [_STEPS[at] for at in range(found, _SCHEMA_VERSION)] if found else _SCHEMA.split(";")
+            work = [_STEPS[at] for at in range(found, SCHEMA_VERSION)] if found else _SCHEMA.split(";")
             for statement in work:
                 self._db.execute(statement)
-            self._db.execute(f"PRAGMA user_version={_SCHEMA_VERSION}")
+            self._db.execute(f"PRAGMA user_version={SCHEMA_VERSION}")
         except BaseException:
             self._db.execute("ROLLBACK")
             raise

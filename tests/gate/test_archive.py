@@ -1,0 +1,165 @@
+"""Copies of the gate's database are of one moment, private, and put back whole or not at all."""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+from contextlib import closing
+from pathlib import Path
+
+import pytest
+
+from llmgate import archive
+from llmgate.core.fleet import Lease
+from llmgate.core.keys import Key
+from llmgate.ledger import FILE, SCHEMA_VERSION, Store
+from tests.gate.conftest import GateUnderTest
+from tests.gate.mock_node import MockNode
+from tests.processes import wait_for
+
+
+def filled(folder: Path, *names: str) -> Path:
+    store = Store(folder)
+    for name in names:
+        store.add_key(Key(name, f"digest of {name}", False, (), 1.0))
+    store.close()
+    return folder
+
+
+def names(folder: Path) -> list[str]:
+    store = Store(folder)
+    try:
+        return [key.name for key in store.all_keys()]
+    finally:
+        store.close()
+
+
+def test_a_copy_of_a_database_that_is_written_to_is_of_one_moment(tmp_path: Path) -> None:
+    """Each writer's change is two leases in one transaction: a copy that has one of them has both."""
+    source, stop, turns = filled(tmp_path / "state"), threading.Event(), [0]
+
+    def write() -> None:
+        with closing(sqlite3.connect(source / FILE, isolation_level=None)) as database:
+            while not stop.is_set():
+                database.execute("BEGIN IMMEDIATE")
+                for node in ("a", "b"):
+                    row = (node, "me", str(turns[0]), 1.0, None)
+                    database.execute("INSERT OR REPLACE INTO leases VALUES (?, ?, ?, ?, ?)", row)
+                database.execute("COMMIT")
+                turns[0] += 1
+
+    writer = threading.Thread(target=write)
+    writer.start()
+    try:
+        for number in range(20):
+            before = turns[0]
+            wait_for(lambda before=before: turns[0] > before, "a write between two copies")
+            archive.backup(source, tmp_path / f"{number}.db")
+    finally:
+        stop.set()
+        writer.join()
+    seen = []
+    for number in range(20):
+        with closing(sqlite3.connect(tmp_path / f"{number}.db")) as database:
+            reasons = [reason for (reason,) in database.execute("SELECT reason FROM leases")]
+        assert len(reasons) == 2 and reasons[0] == reasons[1]
+        seen.append(int(reasons[0]))
+    assert seen == sorted(set(seen)), "each copy is later than the one before"
+
+
+def test_a_copy_is_its_owners_alone_and_one_file(tmp_path: Path) -> None:
+    archive.backup(filled(tmp_path / "state", "one"), tmp_path / "copies.db")
+    assert (tmp_path / "copies.db").stat().st_mode & 0o777 == 0o600
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["copies.db", "state"]
+
+
+def test_what_was_there_before_stays_beside_it(tmp_path: Path) -> None:
+    old, new = filled(tmp_path / "old", "one"), filled(tmp_path / "new", "two")
+    archive.backup(old, tmp_path / "copy.db")
+    assert archive.restore(tmp_path / "copy.db", new, check=True)
+    assert names(new) == ["two"]
+    assert archive.restore(tmp_path / "copy.db", new)
+    assert names(new) == ["one"]
+    assert not archive.restore(tmp_path / "copy.db", new)
+    assert archive.restore(new / "llmgate.db.before-restore", new)
+    assert names(new) == ["two"]
+
+
+def test_a_running_gate_serves_what_was_put_back(two: tuple[GateUnderTest, MockNode, MockNode]) -> None:
+    gate, _, _ = two
+    secret = gate.create_key("early")
+    copy = gate.folder / "copy.db"
+    assert gate.cli("backup", str(copy)).stdout == "written\n"
+    late = gate.create_key("late")
+    gate.cli("keys", "revoke", "early")
+
+    def status(key: str) -> int:
+        with gate.client(key) as client:
+            return client.get("/v1/models").status_code
+
+    wait_for(lambda: (status(secret), status(late)) == (401, 200), "the gate to know")
+    assert gate.cli("restore", str(copy), "--check").stdout == "would be restored\n"
+    assert gate.cli("restore", str(copy)).stdout == "restored\n"
+    wait_for(lambda: (status(secret), status(late)) == (200, 401), "the gate to have gone back")
+    assert gate.cli("restore", str(copy)).stdout == "unchanged\n"
+
+
+def test_an_older_schema_is_brought_up_to_date(tmp_path: Path) -> None:
+    archive.backup(filled(tmp_path / "state", "one"), tmp_path / "copy.db")
+    with closing(sqlite3.connect(tmp_path / "copy.db")) as database:
+        database.execute("ALTER TABLE keys DROP COLUMN priority")
+        database.execute("PRAGMA user_version = 1")
+        database.commit()
+    target = filled(tmp_path / "new")
+    assert archive.restore(tmp_path / "copy.db", target)
+    assert names(target) == ["one"]
+
+
+@pytest.mark.parametrize(
+    ("spoil", "complaint"),
+    [
+        (f"PRAGMA user_version = {SCHEMA_VERSION + 1}", "install the release that made it first"),
+        ("PRAGMA user_version = 0", "was made by another llmgate (schema 0"),
+        ("DROP TABLE leases", "is not a database of llmgate: it has no table leases"),
+    ],
+)
+def test_a_copy_of_another_schema_is_refused_and_changes_nothing(tmp_path: Path, spoil: str, complaint: str) -> None:
+    archive.backup(filled(tmp_path / "state", "one"), tmp_path / "copy.db")
+    with closing(sqlite3.connect(tmp_path / "copy.db")) as database:
+        database.execute(spoil)
+        database.commit()
+    target = filled(tmp_path / "new", "two")
+    with pytest.raises(archive.NotOurs) as refused:
+        archive.restore(tmp_path / "copy.db", target)
+    assert complaint in str(refused.value)
+    assert names(target) == ["two"]
+    assert sorted(path.name for path in target.iterdir()) == [FILE]
+
+
+@pytest.mark.parametrize("spoil", ["cut", "text", "missing"])
+def test_a_file_that_is_no_whole_database_is_refused(tmp_path: Path, spoil: str) -> None:
+    source = filled(tmp_path / "state", *(f"key{number}" for number in range(300)))
+    copy = tmp_path / "copy.db"
+    archive.backup(source, copy)
+    if spoil == "cut":
+        copy.write_bytes(copy.read_bytes()[: copy.stat().st_size // 2])
+    elif spoil == "text":
+        copy.write_text("these are my keys")
+    else:
+        copy.unlink()
+    with pytest.raises(archive.NotOurs):
+        archive.restore(copy, filled(tmp_path / "new", "two"))
+    assert names(tmp_path / "new") == ["two"]
+
+
+def test_leases_are_copied_too(tmp_path: Path) -> None:
+    source = filled(tmp_path / "state")
+    store = Store(source)
+    store.take_lease(lambda _: Lease("node", "operator", "new fans", 1.0, None))
+    store.close()
+    archive.backup(source, tmp_path / "copy.db")
+    target = filled(tmp_path / "new")
+    archive.restore(tmp_path / "copy.db", target)
+    store = Store(target)
+    assert [lease.node for lease in store.leases()] == ["node"]
+    store.close()
