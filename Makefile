@@ -11,7 +11,7 @@ LAB    := $(BIN)/python tests/lab/lab.py
 export MODEL
 
 .DEFAULT_GOAL := help
-.PHONY: help setup model model-exam demo test test-fast lint format docs lock bench-node bench-gate bench-routing soak chaos lab-up lab-deploy lab-down clean
+.PHONY: help setup model model-exam demo test test-fast lint format docs lock bench-node bench-gate bench-routing soak chaos lab-up lab-deploy lab-full lab-down clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-12s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -23,10 +23,10 @@ demo: $(STAMPS)/run ## two nodes and a gate on this machine; ONCE=1 answers one 
 
 test: $(STAMPS)/all ## every test; as root on Debian or Ubuntu the lab of real systemd hosts too
 	@$(LAB) prepare || true
-	@$(BIN)/python -m pytest
+	@$(BIN)/python -m pytest -m "not full"
 
 test-fast: $(STAMPS)/all ## every test but the lab's
-	@$(BIN)/python -m pytest -m "not lab"
+	@$(BIN)/python -m pytest -m "not lab and not full"
 
 lint: $(STAMPS)/all ## ruff, mypy, import-linter, ansible-lint, yamllint
 	@$(BIN)/ruff check .
@@ -77,6 +77,10 @@ lab-up: $(STAMPS)/all ## boot three systemd hosts in containers (root)
 
 lab-deploy: $(STAMPS)/all ## deploy llmrack on the lab's hosts, over SSH
 	@$(LAB) deploy
+
+lab-full: $(STAMPS)/all ## every test on the lab's hosts, also those that take long (root)
+	@$(LAB) prepare
+	@$(BIN)/python -m pytest -m lab tests/lab
 
 lab-down: $(STAMPS)/all ## remove the lab's hosts
 	@$(LAB) down

@@ -512,13 +512,18 @@ def enter(places: Places, command: Sequence[str]) -> None:
     os.execvp("nsenter", [*inside_network(), "--", *command])
 
 
-def deploy(places: Places, arguments: Sequence[str]) -> None:
-    """Run playbooks/deploy.yml on the lab. What it needs from outside is fetched before going in, where nothing is."""
+def fetch_release(places: Places) -> None:
+    """Fetch what a deployment needs from outside, where the role llmrack_artifacts looks: inside nothing can be."""
     require_up(places)
     python = sh(*inside_network(), *ssh_command(places), next(iter(ADDRESSES)), ASK_PYTHON_VERSION).stdout.strip()
-    release = places.cache.parent / "releases" / f"cpu-{python}"  # where the role llmrack_artifacts looks
+    release = places.cache.parent / "releases" / f"cpu-{python}"
     os.chdir(ROOT)
     fetch("roles/llmrack_artifacts/files/wheelhouse.py", "release", "--python", python, "--out", str(release))
+
+
+def deploy(places: Places, arguments: Sequence[str]) -> None:
+    """Run playbooks/deploy.yml on the lab."""
+    fetch_release(places)
     beside = Path(sys.executable).parent / "ansible-playbook"
     playbook = str(beside) if beside.exists() else "ansible-playbook"
     enter(places, [playbook, "-i", "inventory/lab", "playbooks/deploy.yml", *arguments])
@@ -545,6 +550,7 @@ def main(arguments: Sequence[str]) -> int:
     execute = commands.add_parser("exec", help="run a command in the controller's network namespace: exec -- COMMAND")
     execute.add_argument("rest", nargs=argparse.REMAINDER, metavar="COMMAND")
     commands.add_parser("deploy", help="deploy llmrack on the hosts; further arguments go to ansible-playbook")
+    commands.add_parser("fetch", help="fetch what a deployment needs from outside")
     for name in ("off", "on"):
         power = commands.add_parser(name, help=f"power one host {name}")
         power.add_argument("host", choices=ADDRESSES)
@@ -570,6 +576,8 @@ def main(arguments: Sequence[str]) -> int:
             enter(places, given.rest[1:] if given.rest[:1] == ["--"] else given.rest)
         elif given.command == "deploy":
             deploy(places, further)
+        elif given.command == "fetch":
+            fetch_release(places)
         elif given.command == "off":
             with only_one(places):
                 end(given.host, places)
