@@ -121,11 +121,23 @@ def test_a_rollback_goes_to_the_release_before_and_not_to_the_settings_before(ho
         host.install(release, words)
         host.do("commit")
     assert host.look()["before"]["release"] == "r1"
-    host.do("save")
+    host.do("save", target="before")
     host.do("restore", kept="before")
     assert host.installed()[0] == "r1" and "one" in host.installed()[1][2]
-    host.do("commit")
-    assert host.look()["before"]["release"] == "r2" and not host.look()["unfinished"]
+    assert host.look()["before"]["release"] == "r1", "interrupted here, it must not go forward again"
+    assert host.do("save", target="before") == {"changed": False}
+    host.do("drop")
+    assert host.look()["before"]["release"] == "r1" and not host.look()["unfinished"]
+
+
+def test_a_rollback_from_half_a_roll_goes_to_what_that_began_with(host: Host) -> None:
+    host.install("r1", "old")
+    host.do("save", target="inventory")
+    host.install("r2", "half")
+    assert host.look()["before"]["release"] == "r1"
+    host.do("save", target="before")
+    host.do("restore", kept="before")
+    assert host.installed()[0] == "r1" and "old" in host.installed()[1][2]
 
 
 def test_a_release_that_was_removed_is_refused_before_anything_is_touched(host: Host) -> None:
@@ -192,7 +204,7 @@ CRASHED = {"ActiveState": "activating", "SubState": "auto-restart", "MainPID": "
         ([{"NRestarts": "5"}, STARTING, {"MainPID": "8"}], 7, ""),
         ([STARTING, CRASHED | {"NRestarts": "1"}, STARTING | {"NRestarts": "1"}, {"MainPID": "9"}], 7, ""),
         (
-            [STARTING, CRASHED, CRASHED | {"NRestarts": "1"}, CRASHED | {"NRestarts": "2"}],
+            [STARTING, CRASHED, CRASHED | {"NRestarts": "1"}, STARTING | {"NRestarts": "2"}],
             7,
             "it crashes again and again, the last time with core-dump, status 6",
         ),

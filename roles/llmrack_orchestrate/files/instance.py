@@ -7,7 +7,7 @@ ran another release. A set holds the name of the release, and copies of the unit
 not there is not in it. Opens no connection to node or gate, and starts and stops no unit.
 
     instance.py look    < {"names"}            what there is of each, and what an operator did to it
-    instance.py save    < {"name"}             keep what there is as `undo`; what an interrupted roll has kept stays
+    instance.py save    < {"name", "target"}   keep what there is as `undo`; what an interrupted roll has kept stays
     instance.py restore < {"name", "kept"}     put a kept set back in its place, whole: files and link
     instance.py commit  < {"name"}             the roll is over: `undo` becomes `before` if it has another release
     instance.py drop    < {"name"}             forget `undo`
@@ -55,8 +55,7 @@ def main() -> int:
 def look(names: list[str], root: str = "/") -> dict[str, Any]:
     """What there is of each instance, by name.
 
-    release, config: what its next start takes, "" for none.    before: the same of what was kept for a rollback.
-    previous: the release that the host's rollback goes to, "" for none.
+    release, config: what its next start takes, "" for none.    before: the same of what a rollback goes to.
     by_hand: "masked", "disabled" or "stopped" where an operator has done that to it, else "".
     unfinished: a roll was interrupted here.    pid: its main process, 0 for none.
     """
@@ -65,6 +64,8 @@ def look(names: list[str], root: str = "/") -> dict[str, Any]:
 
 def _look(name: str, root: Path) -> dict[str, Any]:
     shown, undo, before = show(name), _kept(root, name, "undo"), _kept(root, name, "before")
+    if _is_half(root, name) and _text(undo / "release") not in ("", _release(root, name)):
+        before = undo
     installed = _places(root, name)["settings"].exists()
     by_hand = ""
     if shown["LoadState"] == "masked":
@@ -78,7 +79,6 @@ def _look(name: str, root: Path) -> dict[str, Any]:
         "release": _release(root, name),
         "config": _digest(_places(root, name)["settings"]),
         "before": {"release": _text(before / "release"), "config": _digest(before / "settings")},
-        "previous": _points_at(root / "opt/llmrack/previous"),
         "by_hand": by_hand,
         "unfinished": undo.exists(),
         "active": shown["ActiveState"],
@@ -86,9 +86,15 @@ def _look(name: str, root: Path) -> dict[str, Any]:
     }
 
 
-def save(name: str, root: str = "/") -> dict[str, Any]:
-    """Keep what the instance has now. A set that an interrupted roll has kept is the better one, and stays."""
+def save(name: str, target: str = "", root: str = "/") -> dict[str, Any]:
+    """Keep what the instance has now. A set that an interrupted roll has kept is the better one, and stays.
+
+    target: where the roll goes. To `before`, and not begun by an earlier one that went there: then what an interrupted
+    roll has kept is what to go back to.
+    """
     place, undo = Path(root), _kept(Path(root), name, "undo")
+    if target == "before" and _is_half(place, name):
+        commit(name, root)
     if undo.exists():
         return {"changed": False}
     part = undo.with_name("undo.part")
@@ -100,6 +106,7 @@ def save(name: str, root: str = "/") -> dict[str, Any]:
     release = _release(place, name)
     if release:
         (part / "release").write_text(release)
+    (part / "target").write_text(target)
     part.rename(undo)
     return {"changed": True}
 
@@ -157,7 +164,7 @@ def wait(name: str, pid: int, seconds: float) -> dict[str, Any]:
     is of type `notify`: active means that llmnode itself has said that it is ready.
     """
     end = time.monotonic() + seconds
-    crashes, last = 0, None
+    crashes, last, ended = 0, None, ""
     while True:
         shown = show(name)
         count = int(shown["NRestarts"] or 0)
@@ -166,7 +173,9 @@ def wait(name: str, pid: int, seconds: float) -> dict[str, Any]:
         last = count
         if shown["ActiveState"] == "active" and int(shown["MainPID"] or 0) not in (0, pid):
             return {"ready": True, "why": ""}
-        ended = f"the last time with {shown['Result']}, status {shown['ExecMainStatus']}"
+        # Systemd forgets it as soon as it starts the next one.
+        if shown["Result"] not in ("", "success"):
+            ended = f"the last time with {shown['Result']}, status {shown['ExecMainStatus']}"
         why = ""
         # With a job queued it is about to be started: the failure is that of an earlier life.
         if shown["ActiveState"] == "failed" and not int(shown["Job"] or 0):
@@ -208,6 +217,12 @@ def _kept(root: Path, name: str, which: str) -> Path:
     return root / "opt/llmrack/kept" / name / which
 
 
+def _is_half(root: Path, name: str) -> bool:
+    """Whether a roll was interrupted that was no rollback."""
+    undo = _kept(root, name, "undo")
+    return undo.exists() and _text(undo / "target") != "before"
+
+
 def _link(root: Path, name: str) -> Path:
     return root / "opt/llmrack/instances" / name
 
@@ -217,10 +232,6 @@ def _release(root: Path, name: str) -> str:
     link = _link(root, name)
     if not link.is_symlink() and _places(root, name)["settings"].exists():
         link = root / "opt/llmrack/current"
-    return _points_at(link)
-
-
-def _points_at(link: Path) -> str:
     return link.readlink().name if link.is_symlink() else ""
 
 
