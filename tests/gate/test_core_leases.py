@@ -9,7 +9,7 @@ from llmgate.core.fleet import Fleet, Lease, Leased, Listed, Lost, Reported
 from llmgate.core.keys import Key, Keyring
 from llmgate.core.leases import DrainRequest
 from llmgate.listing import Address
-from llmnode.wire.errors import ApiError, Conflict, Forbidden, Unauthorized
+from llmnode.wire.errors import ApiError, Conflict, Forbidden, InvalidRequest, Unauthorized
 from llmnode.wire.node import Load, Model, Report, State
 
 NOW, WALL, STALE = 100.0, 1_000_000.0, 3.0
@@ -24,8 +24,15 @@ def fleet(**running: int) -> Fleet:
     return made
 
 
-def take(made: Fleet, name: str, owner: str = "me", ttl: float | None = 60.0, force: bool = False) -> Lease:
-    ask = DrainRequest(owner, ttl, "", force)
+def take(
+    made: Fleet,
+    name: str,
+    owner: str = "me",
+    ttl: float | None = 60.0,
+    force: bool = False,
+    min_ready: int | None = None,
+) -> Lease:
+    ask = DrainRequest(owner, ttl, "", force, min_ready)
     return leases.take(made, made.nodes[name], ask, now=NOW, wall=WALL, stale_after=STALE)
 
 
@@ -48,6 +55,40 @@ def test_what_remains_must_carry_the_load(running: dict[str, int], allowed: bool
         with pytest.raises(Conflict):
             take(made, "a")
     assert take(made, "a", force=True, ttl=None).expires is None
+
+
+@pytest.mark.parametrize(
+    ("running", "min_ready", "refusal"),
+    [
+        ({"a": 0, "b": 0, "c": 0}, 2, ""),
+        ({"a": 0, "b": 0, "c": 0}, 3, "with 2 ready nodes, and min_ready is 3"),
+        ({"a": 0}, 1, "with 0 ready nodes, and min_ready is 1"),
+        ({"a": 3}, 0, ""),
+        ({"a": 3, "b": 2}, 0, "with 4 ready slots for 5 requests"),
+    ],
+)
+def test_as_many_nodes_stay_ready_as_the_drain_says(running: dict[str, int], min_ready: int, refusal: str) -> None:
+    made = fleet(**running)
+    if not refusal:
+        assert take(made, "a", min_ready=min_ready)
+        return
+    with pytest.raises(Conflict, match=refusal):
+        take(made, "a", min_ready=min_ready)
+    assert take(made, "a", min_ready=min_ready, force=True)
+
+
+def test_those_that_another_drain_holds_are_not_ready() -> None:
+    made = fleet(a=0, b=0, c=0).apply(Leased((Lease("b", "me", "", WALL, WALL + 10),)))
+    with pytest.raises(Conflict, match="with 1 ready nodes, and min_ready is 2"):
+        take(made, "a", min_ready=2)
+    assert take(made, "b", min_ready=2), "renewing one's own is never refused"
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.5, "2"])
+def test_a_number_of_nodes_that_is_none_is_refused_by_name(value: object) -> None:
+    with pytest.raises(InvalidRequest) as refused:
+        leases.parse_drain({"owner": "me", "min_ready": value})
+    assert refused.value.param == "min_ready" and repr(value) in str(refused.value)
 
 
 def test_drained_and_dead_nodes_are_not_counted_on() -> None:

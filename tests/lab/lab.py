@@ -556,6 +556,7 @@ def main(arguments: Sequence[str]) -> int:
     execute = commands.add_parser("exec", help="run a command in the controller's network namespace: exec -- COMMAND")
     execute.add_argument("rest", nargs=argparse.REMAINDER, metavar="COMMAND")
     commands.add_parser("deploy", help="deploy llmrack on the hosts; further arguments go to ansible-playbook")
+    commands.add_parser("fetch", help="fetch what a deployment needs from outside")
     for name in ("off", "on"):
         power = commands.add_parser(name, help=f"power one host {name}")
         power.add_argument("host", choices=ADDRESSES)
@@ -581,6 +582,8 @@ def main(arguments: Sequence[str]) -> int:
             enter(places, given.rest[1:] if given.rest[:1] == ["--"] else given.rest)
         elif given.command == "deploy":
             deploy(places, further)
+        elif given.command == "fetch":
+            fetch_release(places)
         elif given.command == "off":
             with only_one(places):
                 end(given.host, places)

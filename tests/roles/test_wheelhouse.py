@@ -107,8 +107,9 @@ def test_cuda_is_compiled_for_the_capabilities_that_are_named_and_keyed_by_them(
 
 @pytest.fixture
 def host(tmp_path: Path) -> Path:
-    """A host's /opt/llmrack with releases r1 (the oldest) to r6: r2 is previous, r3 current; r0 is unfinished."""
-    for age, name in enumerate(["r1", "r2", "r3", "r4", "r5", "r6"]):
+    """A host's /opt/llmrack with releases r1 (the oldest) to r8: r2 is previous, r3 current; r0 is unfinished. An
+    instance starts from r7, and would go back to r8."""
+    for age, name in enumerate(["r1", "r7", "r8", "r2", "r3", "r4", "r5", "r6"]):
         (tmp_path / "releases" / name).mkdir(parents=True)
         mark = tmp_path / "releases" / name / ".complete"
         mark.touch()
@@ -116,6 +117,10 @@ def host(tmp_path: Path) -> Path:
     (tmp_path / "releases" / "r0").mkdir()
     (tmp_path / "previous").symlink_to(tmp_path / "releases" / "r2")
     (tmp_path / "current").symlink_to(tmp_path / "releases" / "r3")
+    (tmp_path / "instances").mkdir()
+    (tmp_path / "instances" / "a").symlink_to(tmp_path / "releases" / "r7")
+    (tmp_path / "kept" / "a" / "before").mkdir(parents=True)
+    (tmp_path / "kept" / "a" / "before" / "release").write_text("r8")
     return tmp_path
 
 
@@ -149,6 +154,6 @@ def test_pruning_keeps_what_runs_what_a_rollback_needs_and_the_newest(host: Path
     finally:
         user.stdin.close()
         user.wait()
-    assert {path.name for path in (host / "releases").iterdir()} == {"r1", "r2", "r3", "r6"}
+    assert {path.name for path in (host / "releases").iterdir()} == {"r1", "r2", "r3", "r6", "r7", "r8"}
     assert retain(host, keep=1) == ["r1"]
     assert retain(host, keep=1) == []

@@ -3,9 +3,9 @@
 
     retention.py < {"root", "wanted", "keep", "check"}     prints {"removed": [name, ...], "changed"}
 
-Kept are the newest `keep` complete releases, the wanted one, those that the links `current` and `previous` point at (a
-rollback needs the second) and those that a process runs from. What has no mark of being complete was interrupted while
-it was installed, and goes. Standard library only.
+Kept are the newest `keep` complete releases, the wanted one, those that the links `current`, `previous` and
+`instances/*` point at, those that `kept/*/*/release` names (a rollback goes to them) and those that a process runs
+from. What has no mark of being complete was interrupted while it was installed, and goes. Standard library only.
 """
 
 from __future__ import annotations
@@ -30,8 +30,9 @@ def retain(root: str, wanted: str, keep: int, check: bool = False, processes: st
     releases = [path for path in folder.iterdir() if path.is_dir()] if folder.is_dir() else []
     complete = [path for path in releases if (path / ".complete").exists()]
     newest = sorted(complete, key=lambda path: (path / ".complete").stat().st_mtime_ns, reverse=True)[:keep]
-    links = [Path(root) / name for name in ("current", "previous")]
+    links = [Path(root) / name for name in ("current", "previous")] + list((Path(root) / "instances").glob("*"))
     needed = {wanted, *(path.name for path in newest), *(link.resolve().name for link in links if link.is_symlink())}
+    needed |= {path.read_text().strip() for path in Path(root).glob("kept/*/*/release")}
     needed |= running(folder.resolve(), Path(processes))
     doomed = sorted((path for path in releases if path.name not in needed), key=lambda path: path.name)
     if not check:

@@ -1,0 +1,371 @@
+"""Promises of the roll, on three real systemd hosts: see lab.py. Two gates and four nodes with the fake backend, so
+that each answer has one right text. The tests share one deployment, in order."""
+
+from __future__ import annotations
+
+import json
+import os
+import random
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.lab import lab
+from tests.lab.test_lab_fleet import LAB, ROOT, accepted, changes, on, pytestmark, run
+from tests.processes import wait_for
+
+__all__ = ["pytestmark"]  # the lab's: root, the packages, patience
+
+ANSIBLE = str(Path(sys.executable).with_name("ansible-playbook"))
+GATES = {"lab1": "http://198.18.0.11:8000", "lab2": "http://198.18.0.12:8000"}
+RELEASES = "/opt/llmrack/releases"
+
+# What makes a release a bad one, put behind its fake backend.
+ANSWERS_WRONGLY = "_logits = FakeBackend.logits\nFakeBackend.logits = lambda self: np.roll(_logits(self), 1, axis=1)\n"
+IS_NEVER_READY = "FakeBackend.__init__ = lambda self, *_, **__: time.sleep(1e6)\n"
+CRASHES_AT_ONCE = "import os\nFakeBackend.__init__ = lambda self, *_, **__: os.abort()\n"
+CRASHES_UNDER_LOAD = """
+import os
+_decode, _count = FakeBackend.decode, iter(range(60))
+FakeBackend.decode = lambda self, chunks: os.abort() if next(_count, None) is None else _decode(self, chunks)
+"""
+
+
+class Fleet:
+    """The deployed fleet, seen from inside the lab's network.
+
+    instances: their names by host, a letter each.     extra: extra variables of every playbook.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self.instances = {"lab1": "a", "lab2": "a", "lab3": "ab"}
+        self.extra: dict[str, Any] = {}
+        self.write()
+
+    def write(self, model: dict[str, Any] | None = None, **settings: Any) -> None:
+        """The inventory. `model`: more of its entry in the catalogue; `settings`: other variables than usual."""
+        hosts = {
+            host: {
+                "ansible_host": address,
+                "llmnode_instances": [
+                    {"name": name, "model": "chaos", "port": 8100 + number}
+                    for number, name in enumerate(self.instances[host])
+                ],
+            }
+            for host, address in lab.ADDRESSES.items()
+        }
+        variables = {
+            "ansible_user": "root",
+            "ansible_ssh_common_args": "-F /run/llmrack-lab/ssh_config",
+            "llmrack_models": {"chaos": {"src": str(ROOT / "llmnode/handbook/handbook.gguf"), **(model or {})}},
+            "llmnode_settings": {
+                "backend": "fake", "fake_step_delay_s": 0.05, "slots": 64, "n_ctx": 1024, "kv_cells": 65536,
+            },
+            "llmnode_drain_seconds": 5,
+            "llmgate_settings": {"poll_interval_s": 0.5},
+            "llmrack_artifacts_cache": str(self.folder / ".releases"),
+            "llmrack_orchestrate_idle_seconds": 2,
+            "llmrack_orchestrate_ready_seconds": 60,
+            "llmrack_orchestrate_watch_seconds": 5,
+        }  # fmt: skip
+        groups = {"llmgate": {"hosts": dict.fromkeys(GATES)}, "llmnode": {"hosts": dict.fromkeys(hosts)}}
+        inventory = {"all": {"vars": {**variables, **settings}, "hosts": hosts, "children": groups}}
+        (self.folder / "hosts.yml").write_text(yaml.safe_dump(inventory))
+
+    def command(self, name: str, *arguments: str, **extra: Any) -> list[str]:
+        """The command line of a playbook, inside the network; `extra` are its extra variables."""
+        given = ["-e", json.dumps({**self.extra, **extra})]
+        return [*LAB, "exec", "--", ANSIBLE, "-i", str(self.folder), f"playbooks/{name}.yml", *given, *arguments]
+
+    def play(self, name: str, *arguments: str, succeeds: bool = True, **extra: Any) -> str:
+        done = run(*self.command(name, *arguments, **extra))
+        assert (done.returncode == 0) is succeeds, f"{done.stdout[-8000:]}\n{done.stderr[-3000:]}"
+        return done.stdout
+
+    def secret(self, name: str) -> str:
+        return (self.folder / ".secrets" / name).read_text().strip()
+
+    def ask(self, gate: str, path: str, *arguments: str) -> Any:
+        """A gate's answer as JSON; None while it has none."""
+        key = f"Authorization: Bearer {self.secret('operator-key')}"
+        done = run(*LAB, "exec", "--", "curl", "-sS", "-m", "10", "-H", key, *arguments, GATES[gate] + path)
+        return json.loads(done.stdout) if done.returncode == 0 else None
+
+    def nodes(self, gate: str = "lab1") -> dict[str, dict[str, Any]]:
+        seen = self.ask(gate, "/admin/nodes") or {"nodes": []}
+        return {node["name"]: node for node in seen["nodes"]}
+
+    def releases(self) -> set[str]:
+        return {node["release"] for node in self.nodes().values()}
+
+    def settled(self) -> bool:
+        """Every node is used by every gate, and nobody has a lease."""
+        views = [self.nodes(gate) for gate in GATES]
+        expected = {f"{host}-{name}" for host, names in self.instances.items() for name in names}
+        return all(set(view) == expected and all(node["usable"] for node in view.values()) for view in views)
+
+
+@contextmanager
+def load(fleet: Fleet, streams: int = 12, per_second: float = 4, wait: bool = True) -> Iterator[dict[str, Any]]:
+    """Streams and plain requests at both gates meanwhile; when it is over, what became of them."""
+    asked = {
+        "gates": list(GATES.values()), "key": fleet.secret("client-key"), "operator": fleet.secret("operator-key"),
+        "streams": streams, "per_second": per_second, "seed": 7,
+    }  # fmt: skip
+    command = [*LAB, "exec", "--", sys.executable, "-m", "tests.lab.streams", json.dumps(asked)]
+    running = subprocess.Popen(command, cwd=ROOT, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    result: dict[str, Any] = {}
+    assert running.stdout
+    try:
+        assert running.stdout.readline() == "begun\n"
+        yield result
+    finally:
+        told, _ = running.communicate(timeout=400)
+        result.update(json.loads(told or "{}"))
+
+
+def unnoticed(result: Mapping[str, Any], most_out: int = 1) -> None:
+    """Every answer came whole and was the right one, and never were more nodes kept from work than may be."""
+    assert result["wrong"] == [], (len(result["wrong"]), result["wrong"][:5])
+    assert result["answered"] > 20
+    assert set(result["most_out"]) == set(GATES.values())
+    assert 1 <= max(result["most_out"].values()) <= most_out, result["most_out"]
+
+
+def make_release(name: str, of: str, code: str = "") -> None:
+    """Another release on every host, cheaply: the files of `of` under another name. `code`: what makes it a bad one."""
+    new, old = f"{RELEASES}/{name}", f"{RELEASES}/{of}"
+    # The mark is a file of its own, by whose age a host tells which of its releases are the newest.
+    work = f"rm -rf {new} && cp -al {old} {new} && rm {new}/.complete && touch {new}/.complete"
+    work += f" && sed -i 's#{old}/#{new}/#' {new}/bin/llmnode {new}/bin/llmgate"
+    if code:
+        fake = f"{new}/lib/python3*/site-packages/llmnode/engine/fake.py"
+        work += f" && cp $(echo {fake}) /tmp/fake.py && cat >> /tmp/fake.py && mv /tmp/fake.py $(echo {fake})"
+    for host in lab.ADDRESSES:
+        done = subprocess.run(
+            [*LAB, "ssh", host, work], cwd=ROOT, input=code, text=True, capture_output=True, timeout=120
+        )
+        assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope="module")
+def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
+    """Hosts that had nothing on them, after one deployment. The lab is removed in the end."""
+    accepted(run(*LAB, "down"))
+    accepted(run(*LAB, "up"))
+    try:
+        accepted(run(*LAB, "fetch"))
+        fleet = Fleet(tmp_path_factory.mktemp("inventory"))
+        # What another checkout collects meanwhile takes the place of this one's in the cache.
+        shutil.copytree(lab.Places.of(dict(os.environ)).cache.parent / "releases", fleet.folder / ".releases")
+        fleet.play("deploy")
+        wait_for(fleet.settled, "all nodes to be usable")
+        yield fleet
+    finally:
+        accepted(run(*LAB, "down"))
+
+
+@pytest.fixture(scope="module")
+def first(fleet: Fleet) -> str:
+    """The release that was deployed."""
+    (release,) = fleet.releases()
+    return release
+
+
+def test_an_upgrade_under_load_is_not_noticed_and_a_second_one_changes_nothing(fleet: Fleet, first: str) -> None:
+    make_release("second", first)
+    with load(fleet) as result:
+        fleet.play("deploy", llmrack_artifacts_release="second")
+    unnoticed(result)
+    assert fleet.settled() and fleet.releases() == {"second"}
+    assert on("lab3", "readlink /opt/llmrack/current /opt/llmrack/previous").split() == [
+        f"{RELEASES}/second", f"{RELEASES}/{first}",
+    ]  # fmt: skip
+    again = fleet.play("deploy", llmrack_artifacts_release="second")
+    assert changes(again) == dict.fromkeys(lab.ADDRESSES, 0)
+    fleet.extra = {"llmrack_artifacts_release": "second"}
+
+
+def test_a_release_that_answers_wrongly_is_taken_back_on_the_first_node(fleet: Fleet) -> None:
+    canary = {"prompt": "A canary.", "max_tokens": 6}
+    ask = ["-d", json.dumps({"model": "chaos", "temperature": 0, **canary}), "-H", "Content-Type: application/json"]
+    right = fleet.ask("lab1", "/v1/completions", *ask)["choices"][0]["text"]
+    fleet.write(model={"canary": {**canary, "expect": f"^{right}$"}})
+    make_release("wrong", "second", ANSWERS_WRONGLY)
+    boots = {name: node["boot"] for name, node in fleet.nodes().items()}
+    with load(fleet) as result:
+        said = " ".join(fleet.play("deploy", succeeds=False, llmrack_artifacts_release="wrong").split())
+    unnoticed(result)
+    assert "lab1-a was not rolled" in said and "lab1-a answers wrongly" in said
+    assert "It was switched back to release second" in said
+    after = fleet.nodes()
+    assert fleet.settled() and fleet.releases() == {"second"}
+    assert {name for name in after if after[name]["boot"] != boots[name]} == {"lab1-a"}
+
+
+@pytest.mark.full
+@pytest.mark.parametrize(
+    ("code", "why"),
+    [
+        (IS_NEVER_READY, "lab1-a is not ready: it is activating (start) after"),
+        (CRASHES_AT_ONCE, "lab1-a is not ready: it crashes again and again, the last time with signal, status 6"),
+        (CRASHES_UNDER_LOAD, "lab1-a crashed within 15 s under requests"),
+    ],
+)
+def test_a_release_that_does_not_hold_is_taken_back_on_the_first_node(fleet: Fleet, code: str, why: str) -> None:
+    make_release("bad", "second", code)
+    boots = {name: node["boot"] for name, node in fleet.nodes().items()}
+    fleet.write(llmrack_orchestrate_ready_seconds=20, llmrack_orchestrate_watch_seconds=15)
+    with load(fleet) as result:
+        said = " ".join(fleet.play("deploy", succeeds=False, llmrack_artifacts_release="bad").split())
+    unnoticed(result)
+    assert why in said and "It was switched back to release second" in said
+    after = fleet.nodes()
+    assert fleet.settled() and fleet.releases() == {"second"}
+    assert {name for name in after if after[name]["boot"] != boots[name]} == {"lab1-a"}
+    fleet.write()
+
+
+@pytest.mark.full
+def test_fifty_streams_and_twenty_requests_a_second_do_not_notice_an_upgrade_nor_a_rollback(fleet: Fleet) -> None:
+    """Nodes go back first, then the gates; again, and nothing changes."""
+    make_release("third", "second")
+    with load(fleet, streams=50, per_second=20) as result:
+        fleet.play("deploy", llmrack_artifacts_release="third")
+        assert fleet.releases() == {"third"}
+        fleet.play("rollback")
+    unnoticed(result)
+    assert fleet.settled() and fleet.releases() == {"second"}
+    assert {fleet.ask(gate, "/health")["release"] for gate in GATES} == {"second"}
+    assert changes(fleet.play("rollback")) == dict.fromkeys(lab.ADDRESSES, 0)
+    assert changes(fleet.play("deploy")) == dict.fromkeys(lab.ADDRESSES, 0)
+
+
+@pytest.mark.full
+def test_a_controller_that_dies_anywhere_leaves_a_fleet_that_serves_and_a_rerun_finishes(fleet: Fleet) -> None:
+    dice = random.Random(11)
+    of = "second"
+    with load(fleet) as result:
+        for number in range(5):
+            name = f"after-{number}"
+            make_release(name, of)
+            of = name
+            running = subprocess.Popen(
+                fleet.command("deploy", llmrack_artifacts_release=name), cwd=ROOT, stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE, text=True, start_new_session=True,
+            )  # fmt: skip
+            assert running.stdout
+            tasks = 0
+            stop_at = dice.randrange(1, 120)
+            for line in running.stdout:
+                tasks += "Roll the nodes" in line or (tasks > 0 and line.startswith("TASK ["))
+                if tasks > stop_at:
+                    break
+            os.killpg(running.pid, signal.SIGKILL)
+            running.wait()
+            running.stdout.close()
+            assert tasks > stop_at, "it was killed in the middle of the roll"
+            fleet.play("deploy", llmrack_artifacts_release=name)
+            assert fleet.settled() and fleet.releases() == {name}
+    unnoticed(result)
+    fleet.extra = {"llmrack_artifacts_release": of}
+
+
+@pytest.mark.full
+def test_what_an_operator_stopped_or_drained_is_left_alone(fleet: Fleet) -> None:
+    fleet.write(model={"min_ready": 1})
+    before = fleet.nodes()
+    on("lab1", "systemctl stop llmnode@a")
+    fleet.play("drain", "--limit", "lab2")
+    said = " ".join(fleet.play("restart").split())
+    assert "lab1-a is stopped by hand, and is left as it is" in said
+    assert "lab2-a is drained by operator, and is left as it is" in said
+    assert on("lab1", "systemctl is-active llmnode@a || true") == "inactive"
+    after = fleet.nodes()
+    assert after["lab2-a"]["boot"] == before["lab2-a"]["boot"] and after["lab2-a"]["lease"]["owner"] == "operator"
+    assert all(after[name]["boot"] != before[name]["boot"] for name in ("lab3-a", "lab3-b"))
+    table = fleet.play("status")
+    assert re.search(r"lab1-a .*stopped by hand", table) and re.search(r"lab2-a .*operator \(stays\)", table)
+    on("lab1", "systemctl start llmnode@a")
+    fleet.play("undrain", "--limit", "lab2")
+    wait_for(fleet.settled, "all nodes to be usable")
+    fleet.write()
+
+
+@pytest.mark.full
+def test_a_reboot_takes_every_instance_of_a_host_out_and_brings_it_back(fleet: Fleet, tmp_path: Path) -> None:
+    """A container cannot reboot without losing its disk: here its instances are started anew instead."""
+    (tmp_path / "tasks.yml").write_text(
+        "- name: Note that it was done\n  ansible.builtin.command: {cmd: touch /run/upgraded}\n  changed_when: true\n"
+    )
+    on("lab3", "date > /run/booted")
+    fleet.write(model={"min_ready": 2})
+    before = fleet.nodes()
+    with load(fleet) as result:
+        fleet.play(
+            "reboot", "--limit", "lab3,lab1",
+            llmrack_orchestrate_reboot_tasks=str(tmp_path / "tasks.yml"),
+            llmrack_orchestrate_boot_time_command="cat /run/booted || true",
+            llmrack_orchestrate_reboot_command="systemd-run --on-active=1 sh -c '"
+            "systemctl restart llmnode@*; date +%N > /run/booted'",
+        )  # fmt: skip
+    unnoticed(result, most_out=2)
+    after = fleet.nodes()
+    assert {name for name in after if after[name]["boot"] != before[name]["boot"]} == {"lab1-a", "lab3-a", "lab3-b"}
+    assert fleet.settled() and on("lab3", "ls /run/upgraded")
+    fleet.write()
+
+
+@pytest.mark.full
+def test_a_fleet_shrinks_and_grows_under_load(fleet: Fleet) -> None:
+    whole = dict(fleet.instances)
+    with load(fleet) as result:
+        fleet.instances = {"lab1": "a", "lab2": "a", "lab3": ""}
+        fleet.write()
+        fleet.play("deploy")
+        assert fleet.settled()
+        assert on("lab3", "systemctl is-active llmnode@a llmnode@b || true").split() == ["inactive", "inactive"]
+        fleet.instances = whole
+        fleet.write()
+        fleet.play("deploy")
+        assert fleet.settled()
+    unnoticed(result)
+
+
+@pytest.mark.full
+def test_a_host_that_loses_power_during_a_roll_is_left_out_and_told_of(fleet: Fleet) -> None:
+    fleet.write(model={"min_ready": 1}, llmrack_orchestrate_batches=[1])
+    make_release("fourth", fleet.extra["llmrack_artifacts_release"])
+    with load(fleet) as result:
+        running = subprocess.Popen(
+            fleet.command("deploy", llmrack_artifacts_release="fourth"), cwd=ROOT, stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )  # fmt: skip
+        assert running.stdout
+        said = ""
+        for line in running.stdout:
+            said += line
+            if "Take the lease on every gate" in line and "fatal" not in said:
+                break
+        accepted(run(*LAB, "off", "lab3"))
+        said += running.stdout.read()
+        assert running.wait() == 0, said[-6000:]
+    unnoticed(result, most_out=3)  # the two that have no power are among them
+    assert "lab3 did not answer to SSH; run the playbook again" in " ".join(said.split())
+    nodes = fleet.nodes()
+    assert {name: node["release"] for name, node in nodes.items() if node["usable"]} == {
+        "lab1-a": "fourth", "lab2-a": "fourth",
+    }  # fmt: skip
+    accepted(run(*LAB, "on", "lab3"))
+    fleet.play("deploy", llmrack_artifacts_release="fourth")
+    assert fleet.settled() and fleet.releases() == {"fourth"}
