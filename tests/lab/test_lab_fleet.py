@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from tests.lab import lab
+from tests.lab import lab, releases
 from tests.processes import wait_for
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -215,16 +215,23 @@ def test_a_drained_node_gets_no_requests_until_it_is_undrained(fleet: Fleet) -> 
     wait_for(fleet.all_usable, "lab2-main to be usable again")
 
 
-def test_a_restart_rolls_both_nodes_while_requests_are_answered(fleet: Fleet) -> None:
+def test_an_upgrade_and_its_rollback_are_not_noticed_by_who_asks_meanwhile(fleet: Fleet) -> None:
     wait_for(fleet.all_usable, "both nodes to be usable")
-    before = {name: node["boot"] for name, node in fleet.nodes().items()}
+    before = fleet.nodes()
+    (first,) = {node["release"] for node in before.values()}
+    releases.make_release("next", first)
     with asking() as result:
-        output = play("restart")
+        deploy("-e", "llmrack_artifacts_release=next")
+        upgraded = fleet.nodes()
+        assert changes(deploy("-e", "llmrack_artifacts_release=next")) == {"lab1": 0, "lab2": 0, "lab3": 0}
+        play("rollback")
     assert result["failed"] == [], result
-    after = {name: node["boot"] for name, node in fleet.nodes().items()}
-    assert all(after[name] != before[name] for name in NODES), output[-3000:]
     assert result["answered"] > 20
-    assert all(node["lease"] is None for node in fleet.nodes().values())
+    after = fleet.nodes()
+    assert {node["release"] for node in upgraded.values()} == {"next"}
+    assert {node["release"] for node in after.values()} == {first}
+    assert all(len({nodes[name]["boot"] for nodes in (before, upgraded, after)}) == 3 for name in NODES)
+    assert all(node["lease"] is None for node in after.values())
 
 
 def test_the_gate_is_reloaded_and_restarted_while_requests_are_answered(fleet: Fleet) -> None:

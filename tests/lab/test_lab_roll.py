@@ -3,6 +3,7 @@ that each answer has one right text. The tests share one deployment, in order.""
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import random
@@ -19,25 +20,15 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.lab import lab
-from tests.lab.test_lab_fleet import LAB, ROOT, accepted, changes, on, pytestmark, run
+from tests.lab import lab, releases
+from tests.lab.test_lab_fleet import LAB, ROOT, accepted, changes, on, run
+from tests.lab.test_lab_fleet import pytestmark as needs_the_lab
 from tests.processes import wait_for
 
-__all__ = ["pytestmark"]  # the lab's: root, the packages, patience
+pytestmark = [*needs_the_lab, pytest.mark.full]
 
 ANSIBLE = str(Path(sys.executable).with_name("ansible-playbook"))
 GATES = {"lab1": "http://198.18.0.11:8000", "lab2": "http://198.18.0.12:8000"}
-RELEASES = "/opt/llmrack/releases"
-
-# What makes a release a bad one, put behind its fake backend.
-ANSWERS_WRONGLY = "_logits = FakeBackend.logits\nFakeBackend.logits = lambda self: np.roll(_logits(self), 1, axis=1)\n"
-IS_NEVER_READY = "FakeBackend.__init__ = lambda self, *_, **__: time.sleep(1e6)\n"
-CRASHES_AT_ONCE = "import os\nFakeBackend.__init__ = lambda self, *_, **__: os.abort()\n"
-CRASHES_UNDER_LOAD = """
-import os
-_decode, _count = FakeBackend.decode, iter(range(60))
-FakeBackend.decode = lambda self, chunks: os.abort() if next(_count, None) is None else _decode(self, chunks)
-"""
 
 
 class Fleet:
@@ -142,22 +133,6 @@ def unnoticed(result: Mapping[str, Any], most_out: int = 1) -> None:
     assert 1 <= max(result["most_out"].values()) <= most_out, result["most_out"]
 
 
-def make_release(name: str, of: str, code: str = "") -> None:
-    """Another release on every host, cheaply: the files of `of` under another name. `code`: what makes it a bad one."""
-    new, old = f"{RELEASES}/{name}", f"{RELEASES}/{of}"
-    # The mark is a file of its own, by whose age a host tells which of its releases are the newest.
-    work = f"rm -rf {new} && cp -al {old} {new} && rm {new}/.complete && touch {new}/.complete"
-    work += f" && sed -i 's#{old}/#{new}/#' {new}/bin/llmnode {new}/bin/llmgate"
-    if code:
-        fake = f"{new}/lib/python3*/site-packages/llmnode/engine/fake.py"
-        work += f" && cp $(echo {fake}) /tmp/fake.py && cat >> /tmp/fake.py && mv /tmp/fake.py $(echo {fake})"
-    for host in lab.ADDRESSES:
-        done = subprocess.run(
-            [*LAB, "ssh", host, work], cwd=ROOT, input=code, text=True, capture_output=True, timeout=120
-        )
-        assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope="module")
 def fleet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     """Hosts that had nothing on them, after one deployment. The lab is removed in the end."""
@@ -183,13 +158,13 @@ def first(fleet: Fleet) -> str:
 
 
 def test_an_upgrade_under_load_is_not_noticed_and_a_second_one_changes_nothing(fleet: Fleet, first: str) -> None:
-    make_release("second", first)
+    releases.make_release("second", first)
     with load(fleet) as result:
         fleet.play("deploy", llmrack_artifacts_release="second")
     unnoticed(result)
     assert fleet.settled() and fleet.releases() == {"second"}
     assert on("lab3", "readlink /opt/llmrack/current /opt/llmrack/previous").split() == [
-        f"{RELEASES}/second", f"{RELEASES}/{first}",
+        f"{releases.FOLDER}/second", f"{releases.FOLDER}/{first}",
     ]  # fmt: skip
     again = fleet.play("deploy", llmrack_artifacts_release="second")
     assert changes(again) == dict.fromkeys(lab.ADDRESSES, 0)
@@ -201,7 +176,7 @@ def test_a_release_that_answers_wrongly_is_taken_back_on_the_first_node(fleet: F
     ask = ["-d", json.dumps({"model": "chaos", "temperature": 0, **canary}), "-H", "Content-Type: application/json"]
     right = fleet.ask("lab1", "/v1/completions", *ask)["choices"][0]["text"]
     fleet.write(model={"canary": {**canary, "expect": f"^{right}$"}})
-    make_release("wrong", "second", ANSWERS_WRONGLY)
+    releases.make_release("wrong", "second", releases.ANSWERS_WRONGLY)
     boots = {name: node["boot"] for name, node in fleet.nodes().items()}
     with load(fleet) as result:
         said = " ".join(fleet.play("deploy", succeeds=False, llmrack_artifacts_release="wrong").split())
@@ -213,17 +188,16 @@ def test_a_release_that_answers_wrongly_is_taken_back_on_the_first_node(fleet: F
     assert {name for name in after if after[name]["boot"] != boots[name]} == {"lab1-a"}
 
 
-@pytest.mark.full
 @pytest.mark.parametrize(
     ("code", "why"),
     [
-        (IS_NEVER_READY, "lab1-a is not ready: it is activating (start) after"),
-        (CRASHES_AT_ONCE, "lab1-a is not ready: it crashes again and again, the last time with signal, status 6"),
-        (CRASHES_UNDER_LOAD, "lab1-a crashed within 15 s under requests"),
+        (releases.IS_NEVER_READY, "lab1-a is not ready: it is activating (start) after"),
+        (releases.CRASHES_AT_ONCE, "lab1-a is not ready: it crashes again and again, the last time with signal, status 6"),
+        (releases.CRASHES_UNDER_LOAD, "lab1-a crashed within 15 s under requests"),
     ],
 )
 def test_a_release_that_does_not_hold_is_taken_back_on_the_first_node(fleet: Fleet, code: str, why: str) -> None:
-    make_release("bad", "second", code)
+    releases.make_release("bad", "second", code)
     boots = {name: node["boot"] for name, node in fleet.nodes().items()}
     fleet.write(llmrack_orchestrate_ready_seconds=20, llmrack_orchestrate_watch_seconds=15)
     with load(fleet) as result:
@@ -236,10 +210,9 @@ def test_a_release_that_does_not_hold_is_taken_back_on_the_first_node(fleet: Fle
     fleet.write()
 
 
-@pytest.mark.full
 def test_fifty_streams_and_twenty_requests_a_second_do_not_notice_an_upgrade_nor_a_rollback(fleet: Fleet) -> None:
     """Nodes go back first, then the gates; again, and nothing changes."""
-    make_release("third", "second")
+    releases.make_release("third", "second")
     with load(fleet, streams=50, per_second=20) as result:
         fleet.play("deploy", llmrack_artifacts_release="third")
         assert fleet.releases() == {"third"}
@@ -251,14 +224,13 @@ def test_fifty_streams_and_twenty_requests_a_second_do_not_notice_an_upgrade_nor
     assert changes(fleet.play("deploy")) == dict.fromkeys(lab.ADDRESSES, 0)
 
 
-@pytest.mark.full
 def test_a_controller_that_dies_anywhere_leaves_a_fleet_that_serves_and_a_rerun_finishes(fleet: Fleet) -> None:
     dice = random.Random(11)
     of = "second"
     with load(fleet) as result:
         for number in range(5):
             name = f"after-{number}"
-            make_release(name, of)
+            releases.make_release(name, of)
             of = name
             running = subprocess.Popen(
                 fleet.command("deploy", llmrack_artifacts_release=name), cwd=ROOT, stdin=subprocess.DEVNULL,
@@ -281,7 +253,6 @@ def test_a_controller_that_dies_anywhere_leaves_a_fleet_that_serves_and_a_rerun_
     fleet.extra = {"llmrack_artifacts_release": of}
 
 
-@pytest.mark.full
 def test_what_an_operator_stopped_or_drained_is_left_alone(fleet: Fleet) -> None:
     fleet.write(model={"min_ready": 1})
     before = fleet.nodes()
@@ -302,7 +273,6 @@ def test_what_an_operator_stopped_or_drained_is_left_alone(fleet: Fleet) -> None
     fleet.write()
 
 
-@pytest.mark.full
 def test_a_reboot_takes_every_instance_of_a_host_out_and_brings_it_back(fleet: Fleet, tmp_path: Path) -> None:
     """A container cannot reboot without losing its disk: here its instances are started anew instead."""
     (tmp_path / "tasks.yml").write_text(
@@ -326,7 +296,6 @@ def test_a_reboot_takes_every_instance_of_a_host_out_and_brings_it_back(fleet: F
     fleet.write()
 
 
-@pytest.mark.full
 def test_a_fleet_shrinks_and_grows_under_load(fleet: Fleet) -> None:
     whole = dict(fleet.instances)
     with load(fleet) as result:
@@ -342,10 +311,68 @@ def test_a_fleet_shrinks_and_grows_under_load(fleet: Fleet) -> None:
     unnoticed(result)
 
 
-@pytest.mark.full
+def test_a_model_is_replaced_by_another_version_under_load(fleet: Fleet, tmp_path: Path) -> None:
+    """Some nodes have the old file meanwhile, and some the new one."""
+    other = tmp_path / "other.gguf"
+    other.write_bytes((ROOT / "llmnode/handbook/handbook.gguf").read_bytes() + b"\0")
+    digest = hashlib.sha256(other.read_bytes()).hexdigest()
+    before = fleet.nodes()
+    fleet.write(model={"src": str(other)})
+    with load(fleet) as result:
+        fleet.play("deploy")
+    unnoticed(result)
+    after = fleet.nodes()
+    assert fleet.settled() and all(after[name]["boot"] != before[name]["boot"] for name in before)
+    for host in lab.ADDRESSES:
+        (path,) = re.findall(r'^model = "(.*)"$', on(host, "cat /etc/llmrack/llmnode/a.toml"), re.MULTILINE)
+        assert on(host, f"sha256sum {path}").startswith(digest)
+    fleet.write()
+    fleet.play("deploy")
+    assert fleet.settled()
+
+
+def test_a_disk_that_is_too_full_for_a_model_is_told_and_every_node_goes_on(fleet: Fleet, tmp_path: Path) -> None:
+    (tmp_path / "big.gguf").write_bytes(bytes(8 << 20))
+    boots = {name: node["boot"] for name, node in fleet.nodes().items()}
+    on("lab2", "mount -t tmpfs -o size=4m tmpfs /srv/llmrack")
+    try:
+        fleet.write(model={"src": str(tmp_path / "big.gguf")})
+        said = " ".join(fleet.play("deploy", succeeds=False).split())
+    finally:
+        on("lab2", "umount /srv/llmrack")
+        fleet.write()
+    assert re.search(r"/srv/llmrack\S* has .* free, but chaos needs", said)
+    assert fleet.settled() and {name: node["boot"] for name, node in fleet.nodes().items()} == boots
+    assert changes(fleet.play("deploy")) == dict.fromkeys(lab.ADDRESSES, 0)
+
+
+def test_a_vault_without_its_password_stops_a_deployment_before_it_begins(fleet: Fleet, tmp_path: Path) -> None:
+    password = tmp_path / "password"
+    password.write_text("of the vault")
+    tool = str(Path(ANSIBLE).with_name("ansible-vault"))
+    secret = run(tool, "encrypt_string", "--vault-password-file", str(password), fleet.secret("operator-key"))
+    vault = fleet.folder / "group_vars" / "all.yml"
+    vault.parent.mkdir()
+    vault.write_text(f"llmrack_orchestrate_operator_key: {accepted(secret)}")
+    try:
+        refused = run(*fleet.command("deploy"))
+        assert refused.returncode != 0 and "no vault secrets found" in refused.stdout + refused.stderr
+        assert changes(fleet.play("deploy", "--vault-password-file", str(password))) == dict.fromkeys(lab.ADDRESSES, 0)
+    finally:
+        shutil.rmtree(vault.parent)
+
+
+def test_a_killed_gate_is_back_for_the_next_request(fleet: Fleet) -> None:
+    process = on("lab1", "systemctl show --value -p MainPID llmgate")
+    on("lab1", "systemctl kill --signal=KILL llmgate")
+    wait_for(lambda: "release" in (fleet.ask("lab1", "/health") or {}), "the gate on lab1")
+    assert on("lab1", "systemctl show --value -p MainPID llmgate") != process
+    wait_for(fleet.settled, "all nodes to be usable")
+
+
 def test_a_host_that_loses_power_during_a_roll_is_left_out_and_told_of(fleet: Fleet) -> None:
     fleet.write(model={"min_ready": 1}, llmrack_orchestrate_batches=[1])
-    make_release("fourth", fleet.extra["llmrack_artifacts_release"])
+    releases.make_release("fourth", fleet.extra["llmrack_artifacts_release"])
     with load(fleet) as result:
         running = subprocess.Popen(
             fleet.command("deploy", llmrack_artifacts_release="fourth"), cwd=ROOT, stdin=subprocess.DEVNULL,

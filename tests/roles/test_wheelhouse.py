@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 from types import ModuleType
 
@@ -103,6 +104,65 @@ def test_cuda_is_compiled_for_the_capabilities_that_are_named_and_keyed_by_them(
     assert len(folders) == 3
     with pytest.raises(module.Failed, match=r"MAJOR\.MINOR, e\.g\. 9\.0 .*not 'sm_90'"):
         module.build_flags("cuda", "sm_90")
+
+
+def compiled(source: str, path: Path, *flags: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    command = ["cc", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{path.name}", *flags]
+    subprocess.run([*command, "-o", str(path)], input=source, text=True, check=True)
+
+
+@pytest.fixture
+def cuda(tmp_path: Path) -> tuple[Path, Path]:
+    """(wheel, toolkit): a plug-in that calls two libraries, one of which calls a third; nothing else knows of them."""
+    toolkit, unpacked = tmp_path / "toolkit", tmp_path / "wheel"
+    compiled("int lt(void) { return 40; }", toolkit / "libcublasLt.so.12")
+    compiled("int lt(void); int blas(void) { return lt(); }", toolkit / "libcublas.so.12", f"-L{toolkit}",
+             "-l:libcublasLt.so.12", "-Wl,-rpath,$ORIGIN")  # fmt: skip
+    compiled("int rt(void) { return 2; }", toolkit / "libcudart.so.12")
+    compiled("int blas(void); int rt(void); int answer(void) { return blas() + rt(); }",
+             unpacked / "bin" / "libggml-cuda.so", f"-L{toolkit}", f"-Wl,-rpath-link,{toolkit}", "-l:libcublas.so.12",
+             "-l:libcudart.so.12", "-Wl,-rpath,$ORIGIN")  # fmt: skip
+    wheel = tmp_path / "cuda_plugin-1-py3-none-any.whl"
+    facts = unpacked / "cuda_plugin-1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: cuda-plugin\nVersion: 1\n")
+    (facts / "WHEEL").write_text("Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+    (facts / "RECORD").write_text("".join(f"{p.relative_to(unpacked)},,\n" for p in unpacked.rglob("*") if p.is_file()))
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for path in unpacked.rglob("*"):
+            archive.write(path, path.relative_to(unpacked))
+    return wheel, toolkit
+
+
+def test_a_cuda_wheel_brings_the_libraries_that_it_calls(
+    module: ModuleType, cuda: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel, toolkit = cuda
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(toolkit))
+    libraries = ["libcublas.so.12", "libcublasLt.so.12", "libcudart.so.12"]
+    assert module.carry(wheel, "cuda") == libraries
+    monkeypatch.delenv("LD_LIBRARY_PATH")
+    shutil.rmtree(toolkit)
+    host = tmp_path / "host"
+    subprocess.run(
+        [*module._pip(), "install", "--quiet", "--no-index", "--no-deps", "--target", str(host), str(wheel)], check=True
+    )
+    assert sorted(path.name for path in (host / "bin").iterdir()) == sorted([*libraries, "libggml-cuda.so"])
+    asked = f"import ctypes; print(ctypes.CDLL('{host}/bin/libggml-cuda.so').answer())"
+    assert subprocess.run([sys.executable, "-c", asked], capture_output=True, text=True, check=True).stdout == "42\n"
+
+
+def test_a_cuda_library_that_is_missing_is_named(
+    module: ModuleType, cuda: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wheel, toolkit = cuda
+    before = wheel.read_bytes()
+    (toolkit / "libcudart.so.12").unlink()
+    monkeypatch.setenv("LD_LIBRARY_PATH", str(toolkit))
+    with pytest.raises(module.Failed, match=r"libggml-cuda\.so calls libcudart\.so\.12, and this machine"):
+        module.carry(wheel, "cuda")
+    assert wheel.read_bytes() == before
 
 
 @pytest.fixture

@@ -9,7 +9,8 @@ outlasts any virtual environment and any checkout:
         wheels/DISTRIBUTION-ARCHITECTURE-BACKEND-DIGEST/   one wheel; DIGEST covers the version and the build flags
 
 The wheel is tagged `py3-none-linux`, so nothing but this key keeps one that was built against a newer C library from
-being installed on an older system. A release adds every other wheel, the lock files and checksums:
+being installed on an older system. One for CUDA has the toolkit's libraries that it calls beside it, so that hosts need
+NVIDIA's driver and nothing else of it. A release adds every other wheel, the lock files and checksums:
 
     wheelhouse.py sdist                                      print the path of the source archive
     wheelhouse.py llama [--backend cpu]                      print the path of the wheel, building it if need be
@@ -22,6 +23,7 @@ standard output. Exit codes: 0 done; 1 a build or download failed; 2 something i
 from __future__ import annotations
 
 import argparse
+import base64
 import contextlib
 import fcntl
 import hashlib
@@ -34,6 +36,7 @@ import subprocess
 import sys
 import tempfile
 import time
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -55,6 +58,9 @@ PACKAGES = {
     "hipcc": "the ROCm compiler (hipcc)",
     "glslc": "the Vulkan shader compiler (Debian, Ubuntu: glslc and libvulkan-dev)",
 }
+CARRIED = {"cuda": re.compile(r"lib(cudart|cublas|cublasLt|nccl)\.so(\.\d+)*")}
+"""Libraries of a backend's toolkit that go into the wheel. libcuda is the driver's; ROCm's find files of their own beside
+them, and Vulkan's loader is a package of every distribution."""
 STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
 
@@ -203,12 +209,63 @@ def llama(project: Path, backend: str, flags: list[str]) -> Path:
         built = Path(temporary) / "built"
         command = [*_pip(), "wheel", "--verbose", "--no-deps", "--wheel-dir", str(built), str(source)]
         _compile(command, {**os.environ, "CMAKE_ARGS": " ".join(flags)}, folder.parent / f"{folder.name}.log")
-        if _only_wheel(built) is None:
+        wheel = _only_wheel(built)
+        if wheel is None:
             raise Failed("the build ended well but left no wheel")
+        if backend in CARRIED:
+            carry(wheel, backend)
         built.replace(folder)
-    wheel = _only_wheel(folder)
-    assert wheel is not None
-    return wheel
+    return folder / wheel.name
+
+
+def carry(wheel: Path, backend: str) -> list[str]:
+    """Put what the backend's plug-in calls of its toolkit beside the plug-in, in the wheel. Returns the names.
+
+    Raises Failed where a library is not found, or would not be found on a host: the plug-in looks in its own folder, and
+    its libraries must do the same.
+    """
+    with tempfile.TemporaryDirectory(dir=wheel.parent) as temporary:
+        unpacked = Path(temporary).resolve() / "wheel"
+        with zipfile.ZipFile(wheel) as archive:
+            archive.extractall(unpacked)
+        plugin = unpacked / "bin" / f"libggml-{backend}.so"
+        carried = {name: path for name, path in _called(plugin).items() if CARRIED[backend].fullmatch(name)}
+        for name, path in carried.items():
+            if path is None:
+                raise Failed(f"{plugin.name} calls {name}, and this machine's loader does not find it")
+            shutil.copy(path, plugin.parent / name)
+        found = _called(plugin, {key: value for key, value in os.environ.items() if key != "LD_LIBRARY_PATH"})
+        for name in carried:
+            if found.get(name) != plugin.parent / name:
+                raise Failed(f"{plugin.name} would not find {name} beside it, but at {found.get(name)}")
+        _rewrite(wheel, {f"bin/{name}": plugin.parent / name for name in carried})
+    return sorted(carried)
+
+
+def _called(library: Path, env: dict[str, str] | None = None) -> dict[str, Path | None]:
+    """What the loader would load with a library, by name; None where it finds nothing."""
+    done = subprocess.run(["ldd", str(library)], capture_output=True, text=True, check=False, env=env)
+    if done.returncode != 0:
+        raise Failed(f"ldd {library.name}: {done.stderr.strip() or done.stdout.strip()}")
+    found = re.findall(r"^\s*(\S+) => (not found|/\S+)", done.stdout, re.MULTILINE)
+    return {name: None if path == "not found" else Path(path) for name, path in found}
+
+
+def _rewrite(wheel: Path, more: dict[str, Path]) -> None:
+    """Add files to a wheel, and to its list of files."""
+    new = wheel.with_suffix(".new")
+    with zipfile.ZipFile(wheel) as old, zipfile.ZipFile(new, "w", zipfile.ZIP_DEFLATED) as archive:
+        for entry in old.infolist():
+            if not entry.filename.endswith(".dist-info/RECORD"):
+                archive.writestr(entry, old.read(entry), zipfile.ZIP_DEFLATED)
+                continue
+            record, lines = entry, old.read(entry).decode()
+        for name, path in more.items():
+            archive.write(path, name)
+            digest = base64.urlsafe_b64encode(bytes.fromhex(_sha256(path))).rstrip(b"=").decode()
+            lines += f"{name},sha256={digest},{path.stat().st_size}\n"
+        archive.writestr(record, lines, zipfile.ZIP_DEFLATED)
+    new.replace(wheel)
 
 
 def release(project: Path, backend: str, python: str, out: Path, flags: list[str]) -> dict[str, object]:
@@ -269,7 +326,8 @@ def release(project: Path, backend: str, python: str, out: Path, flags: list[str
 
 def _wheel_folder(project: Path, backend: str, flags: list[str]) -> Path:
     requirement, sha256 = _pin(project)
-    digest = hashlib.sha256(f"{requirement} {sha256} {' '.join(flags)}".encode()).hexdigest()[:12]
+    carried = CARRIED[backend].pattern if backend in CARRIED else ""
+    digest = hashlib.sha256(f"{requirement} {sha256} {' '.join([*flags, carried]).strip()}".encode()).hexdigest()[:12]
     return cache() / "wheels" / f"{platform_key()}-{backend}-{digest}"
 
 
