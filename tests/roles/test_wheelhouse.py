@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import zipfile
 from pathlib import Path
 from types import ModuleType
@@ -104,6 +106,66 @@ def test_cuda_is_compiled_for_the_capabilities_that_are_named_and_keyed_by_them(
     assert len(folders) == 3
     with pytest.raises(module.Failed, match=r"MAJOR\.MINOR, e\.g\. 9\.0 .*not 'sm_90'"):
         module.build_flags("cuda", "sm_90")
+
+
+def test_a_release_that_another_machine_built_arrives_whole_or_not_at_all(module: ModuleType, tmp_path: Path) -> None:
+    made = tmp_path / "made"
+    made.mkdir()
+    (made / "a.whl").write_text("a wheel")
+    (made / "release").write_text("1-abc\n")
+    (made / "SHA256SUMS").write_text(f"{module._sha256(made / 'a.whl')}  a.whl\n")
+
+    def taken() -> dict[str, object]:
+        with tarfile.open(tmp_path / "release.tar", "w") as archive:
+            archive.add(made, ".")
+        return dict(module.take(tmp_path / "release.tar", tmp_path / "out"))
+
+    assert taken() == {"name": "1-abc", "path": str(tmp_path / "out"), "changed": True}
+    (made / "a.whl").write_text("half of")
+    with pytest.raises(module.Failed, match=r"a\.whl of .* is not what its checksums say"):
+        taken()
+    (made / "a.whl").unlink()
+    with pytest.raises(module.Failed, match=r"release\.tar lacks a\.whl"):
+        taken()
+    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == ["SHA256SUMS", "a.whl", "release"]
+    assert (tmp_path / "out" / "a.whl").read_text() == "a wheel"
+
+
+def test_a_build_host_collects_the_release_for_the_others(module: ModuleType, project: Path, tmp_path: Path) -> None:
+    """The build host is this machine with another home; it has llama.cpp built already, and fetches no wheels."""
+    for extra in ("node", "gate"):
+        (project / "requirements" / f"{extra}.txt").write_text("")
+    shutil.copytree(SCRIPT.parent, project / SCRIPT.parent.relative_to(ROOT))
+    common = {"ansible_connection": "local", "ansible_python_interpreter": sys.executable, "ansible_become": False}
+    given = {"llmrack_artifacts_project": str(project), "llmrack_artifacts_cache": str(tmp_path / "controller"),
+             "llmrack_artifacts_python": sys.executable, "llmrack_artifacts_build_host": "builder"}  # fmt: skip
+    hosts = {"all": {"vars": {**common, **given}, "hosts": dict.fromkeys(["h1", "h2", "builder"])}}
+    (tmp_path / "hosts.yml").write_text(json.dumps(hosts))
+    roles = [{"import_role": {"name": "llmrack_artifacts", "tasks_from": name}} for name in ("preflight", "collect")]
+    told = {"debug": {"msg": "{{ llmrack_artifacts_release }} in {{ llmrack_artifacts_wheels }}"}}
+    (tmp_path / "play.yml").write_text(
+        json.dumps([{"hosts": "h1:h2", "gather_facts": False, "tasks": [*roles, told]}])
+    )
+    env = {**os.environ, "HOME": str(tmp_path), "LLMRACK_CACHE": str(module.cache())}
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", tmp_path / "hosts.yml", tmp_path / "play.yml"]
+
+    def collected() -> tuple[str, int]:
+        """The release's name, and how many tasks changed something on both hosts."""
+        done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
+        names = re.findall(r'"msg": "(\S+) in (\S+)"', done.stdout)
+        assert len(names) == 2 and len(set(names)) == 1, done.stdout
+        folder = Path(names[0][1])
+        assert folder.parent == tmp_path / "controller" and (folder / "release").read_text().strip() == names[0][0]
+        assert len(list(folder.glob("*.whl"))) == 2
+        return names[0][0], sum(int(count) for count in re.findall(r"changed=(\d+)", done.stdout))
+
+    first, changed = collected()
+    assert changed == 4  # collected there, packed, fetched and kept here, each by the first host alone
+    assert collected() == (first, 0)
+    (project / "llmgate" / "cli.py").write_text("# another release\n")
+    other, _ = collected()
+    assert other != first
 
 
 def compiled(source: str, path: Path, *flags: str) -> None:

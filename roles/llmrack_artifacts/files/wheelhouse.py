@@ -16,6 +16,11 @@ NVIDIA's driver and nothing else of it. A release adds every other wheel, the lo
     wheelhouse.py llama [--backend cpu]                      print the path of the wheel, building it if need be
     wheelhouse.py release --out DIR [--python 3.11]          fill DIR; print {"name", "path", "changed"} as JSON
 
+Where another machine builds, it gets the sources and gives the release back:
+
+    wheelhouse.py sources --out FILE                         pack what a release is made of into an archive
+    wheelhouse.py take ARCHIVE --out DIR                     fill DIR with a release from an archive; prints the same JSON
+
 Uses the standard library alone: it runs before anything is installed. Progress goes to standard error, results to
 standard output. Exit codes: 0 done; 1 a build or download failed; 2 something is missing, named with its package.
 """
@@ -34,6 +39,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tarfile
 import tempfile
 import time
 import zipfile
@@ -102,10 +108,20 @@ def main(argv: list[str] | None = None) -> int:
                 default=f"{sys.version_info.major}.{sys.version_info.minor}",
                 help="Python version of the hosts, e.g. 3.11 (default: this one's)",
             )
+    command = commands.add_parser("sources", help="pack what a release is made of, for a machine that builds it")
+    command.add_argument("--project", type=Path, default=project, help="the llmrack source tree")
+    command.add_argument("--out", type=Path, required=True, help="archive to write")
+    command = commands.add_parser("take", help="fill a directory with a release that another machine has made")
+    command.add_argument("archive", type=Path, help="its release.tar")
+    command.add_argument("--out", type=Path, required=True, help="directory to fill; replaced as a whole")
     options = parser.parse_args(argv)
     try:
         if options.command == "sdist":
             print(sdist(options.project))
+        elif options.command == "sources":
+            pack(options.project, options.out)
+        elif options.command == "take":
+            print(json.dumps(take(options.archive, options.out.resolve())))
         elif options.command == "llama":
             flags = build_flags(options.backend, options.cuda_architectures)
             wheel = _only_wheel(_wheel_folder(options.project, options.backend, flags))
@@ -317,11 +333,58 @@ def release(project: Path, backend: str, python: str, out: Path, flags: list[str
         sums = [f"{_sha256(path)}  {path.name}\n" for path in sorted(stage.iterdir())]
         (stage / "SHA256SUMS").write_text("".join(sums))
         (stage / "release").write_text(name + "\n")
-        if out.exists():
-            out.replace(Path(temporary) / "old")
-        stage.replace(out)
-        out.chmod(0o755)
+        _put(stage, out, Path(temporary))
     return {"name": name, "path": str(out), "changed": True}
+
+
+def pack(project: Path, out: Path) -> None:
+    """Write an archive of the files that a release is made of, and of this program; the same files, the same bytes."""
+
+    def plain(member: tarfile.TarInfo) -> tarfile.TarInfo:
+        member.uid = member.gid = member.mtime = 0
+        member.uname = member.gname = ""
+        member.mode = 0o644
+        return member
+
+    out.parent.mkdir(parents=True, exist_ok=True)
+    paths = {*_sources(project), *(project / name for name in ("README.md", "LICENSE"))}
+    paths.add(project / "roles" / "llmrack_artifacts" / "files" / "wheelhouse.py")
+    part = out.with_name(out.name + ".part")
+    with tarfile.open(part, "w") as archive:
+        for path in sorted(paths):
+            archive.add(path, path.relative_to(project), filter=plain)
+    part.replace(out)
+
+
+def take(archive: Path, out: Path) -> dict[str, object]:
+    """Fill `out` with the release that an archive holds, when every file is what its checksums say. Raises Failed."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with _locked(out.parent), tempfile.TemporaryDirectory(dir=out.parent) as temporary:
+        stage = Path(temporary) / "release"
+        stage.mkdir()
+        with tarfile.open(archive) as packed:
+            for member in packed:
+                name = Path(member.name).name
+                if member.isfile() and (source := packed.extractfile(member)):
+                    with (stage / name).open("wb") as file:
+                        shutil.copyfileobj(source, file)
+        due = dict(line.split("  ")[::-1] for line in (stage / "SHA256SUMS").read_text().splitlines())
+        for path in stage.iterdir():
+            if path.name not in ("SHA256SUMS", "release") and due.pop(path.name, "") != _sha256(path):
+                raise Failed(f"{path.name} of {archive} is not what its checksums say")
+        if due:
+            raise Failed(f"{archive} lacks {', '.join(sorted(due))}")
+        name = (stage / "release").read_text().strip()
+        _put(stage, out, Path(temporary))
+    return {"name": name, "path": str(out), "changed": True}
+
+
+def _put(stage: Path, out: Path, temporary: Path) -> None:
+    """Put a whole directory in the place of another, whose remains go with `temporary`."""
+    if out.exists():
+        out.replace(temporary / "old")
+    stage.replace(out)
+    out.chmod(0o755)
 
 
 def _wheel_folder(project: Path, backend: str, flags: list[str]) -> Path:
