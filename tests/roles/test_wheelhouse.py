@@ -143,14 +143,13 @@ def test_a_build_host_collects_the_release_for_the_others(module: ModuleType, pr
     (tmp_path / "hosts.yml").write_text(json.dumps(hosts))
     roles = [{"import_role": {"name": "llmrack_artifacts", "tasks_from": name}} for name in ("preflight", "collect")]
     told = {"debug": {"msg": "{{ llmrack_artifacts_release }} in {{ llmrack_artifacts_wheels }}"}}
-    (tmp_path / "play.yml").write_text(
-        json.dumps([{"hosts": "h1:h2", "gather_facts": False, "tasks": [*roles, told]}])
-    )
+    (tmp_path / "play.yml").write_text(json.dumps([{"hosts": "h1:h2", "gather_facts": False, "tasks": [*roles, told]}]))
     env = {**os.environ, "HOME": str(tmp_path), "LLMRACK_CACHE": str(module.cache())}
-    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", tmp_path / "hosts.yml", tmp_path / "play.yml"]
+    ansible = str(Path(sys.executable).with_name("ansible-playbook"))
 
     def collected() -> tuple[str, int]:
         """The release's name, and how many tasks changed something on both hosts."""
+        command = [ansible, "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
         names = re.findall(r'"msg": "(\S+) in (\S+)"', done.stdout)

@@ -19,7 +19,7 @@ NVIDIA's driver and nothing else of it. A release adds every other wheel, the lo
 Where another machine builds, it gets the sources and gives the release back:
 
     wheelhouse.py sources --out FILE                         pack what a release is made of into an archive
-    wheelhouse.py take ARCHIVE --out DIR                     fill DIR with a release from an archive; prints the same JSON
+    wheelhouse.py take ARCHIVE --out DIR                     fill DIR with a release from an archive; print the same
 
 Uses the standard library alone: it runs before anything is installed. Progress goes to standard error, results to
 standard output. Exit codes: 0 done; 1 a build or download failed; 2 something is missing, named with its package.
@@ -65,8 +65,8 @@ PACKAGES = {
     "glslc": "the Vulkan shader compiler (Debian, Ubuntu: glslc and libvulkan-dev)",
 }
 CARRIED = {"cuda": re.compile(r"lib(cudart|cublas|cublasLt|nccl)\.so(\.\d+)*")}
-"""Libraries of a backend's toolkit that go into the wheel. libcuda is the driver's; ROCm's find files of their own beside
-them, and Vulkan's loader is a package of every distribution."""
+"""Libraries of a backend's toolkit that go into the wheel. libcuda is the driver's; ROCm's find files of their own
+beside them, and Vulkan's loader is a package of every distribution."""
 STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
 
@@ -237,8 +237,8 @@ def llama(project: Path, backend: str, flags: list[str]) -> Path:
 def carry(wheel: Path, backend: str) -> list[str]:
     """Put what the backend's plug-in calls of its toolkit beside the plug-in, in the wheel. Returns the names.
 
-    Raises Failed where a library is not found, or would not be found on a host: the plug-in looks in its own folder, and
-    its libraries must do the same.
+    Raises Failed where a library is not found, or would not be found on a host: the plug-in looks in its own folder,
+    and its libraries must do the same.
     """
     with tempfile.TemporaryDirectory(dir=wheel.parent) as temporary:
         unpacked = Path(temporary).resolve() / "wheel"
