@@ -133,6 +133,7 @@ class Engine:
             grace_s=limits.step_grace_s,
             tolerance=limits.step_tolerance,
             slowest_tps=limits.slowest_tps,
+            parted=not backend.room.unified,
         )
         self._squeeze = backend.room.n_batch  # prompt tokens in a step at most, halved while the backend finds no room
         self._sequences: dict[int, Sequence] = {}

@@ -19,9 +19,9 @@ core), and cells of an answer that begins above them stay high for all its life.
 own, the idle prefixes that it does not use leave for host RAM, as many as take `Memory.COPY_S`; the rest, and those
 that became idle beside others, go after _IDLE_TOKENS. Saving has its price too: llama.cpp copies each run of
 cells by itself, in each layer (and, without flash attention, for each value), and the cells of answers that ran side by
-side lie one by one. What would take longer
-to save and load than _CHANCE of what it takes to compute again is dropped instead. Both are measured: so it is with
-the smallest models only.
+side lie one by one. What would take longer to save and load than _CHANCE of what it takes to compute again is dropped
+instead, and of the latter counts only what host RAM does not have yet. Both are measured: so it is with the smallest
+models only.
 
 In a parted cache (`Room.unified` off) each sequence has a part of its own. Nobody's cells are in another one's way
 there and there is always room, so nothing above about making room applies; what is scarce is numbers of sequences. A
@@ -567,9 +567,11 @@ class Memory:
             self._loose_s += (max(0.0, beyond) / loose - self._loose_s) * 0.3
 
     def _is_worth_saving(self, idle: Idle) -> bool:
+        """Whether host RAM gains enough by it: an answer that went on from a saved prompt adds itself only."""
         if not self.compute_s:
             return True
-        return 2 * self._copy_seconds(idle.length, idle.loose) < _CHANCE * self.compute_s * idle.length
+        gain = idle.length - (self.host.match(idle.tokens, idle.length).length if self._divisible else 0)
+        return not gain or 2 * self._copy_seconds(idle.length, idle.loose) < _CHANCE * self.compute_s * gain
 
     def _save(self, seq: int, tokens: array[int], length: int, loose: int, tag: object) -> bool:
         if self._divisible and self.host.has(tokens, length):

@@ -1,10 +1,12 @@
 """What a step costs, learnt from the steps so far, and what follows: how much to prefill, how far to guess ahead, when
 a step counts as stuck. Pure: seconds come in as arguments.
 
-Owns: the model of a step's time, seconds = base + each * (tokens of running answers) + (flat + deep * depth) * (prompt
-tokens), where depth is how many tokens a prompt token has before it, on average. The first two are a straight line
-through steps without prompts, older ones fading; the next two another one, through what is left over in steps with
-prompts, which fades sooner: other prompts come.
+Owns: the model of a step's time, seconds = base * passes + each * (tokens of running answers) + (flat + deep * depth) *
+(prompt tokens), where depth is how many tokens a prompt token has before it, on average. Base and each are a straight
+line through steps without prompts, older ones fading; the next two another one, through what is left over in steps with
+prompts, which fades sooner: other prompts come. Passes over the weights: one, and one more for a prompt beside running
+answers in a parted cache. Were that taken for a cost of its tokens, few tokens would look dear, so that fewer yet would
+be computed next time: 32 prompts beside each other took twice as long in the end (500M model).
 Refuses to know: sequences, the backend, the clock.
 """
 
@@ -24,7 +26,10 @@ _WHOLE = TILE + 1
 63 of them took 506 ms and 64 took 34 (15M model, heads of 48 values); one more, since a parted cache computes the first
 one beside the running answers. So this many are computed although they stall running answers up to _STRETCH times too
 long: by the time that fewer took, they often do not."""
-_STRETCH = 4
+_STRETCH = 8
+_WORTH_A_PASS = 3
+"""A prompt's tokens beside running answers take so many times as long as the pass over the weights that they need, also
+where that is over the stall: the slower a model, the more of each step would be passes, and prompts would never end."""
 _PREFILL_FADE = 0.85
 _SPREAD = 0.01
 """Share of the depths' mean square that must be variance before a line is put through them."""
@@ -33,11 +38,13 @@ _MARGIN = 1.1
 
 
 class Pace:
-    """stall_s: seconds that a prompt may add to a step of running answers. tolerance, grace_s, slowest_tps: see
-    `due`."""
+    """stall_s: seconds that a prompt may add to a step of running answers. parted: whether it takes a pass over the
+    weights of its own there. tolerance, grace_s, slowest_tps: see `due`."""
 
-    def __init__(self, stall_s: float, *, grace_s: float, tolerance: float, slowest_tps: float) -> None:
-        self._stall_s = stall_s
+    def __init__(
+        self, stall_s: float, *, grace_s: float, tolerance: float, slowest_tps: float, parted: bool = False
+    ) -> None:
+        self._stall_s, self._parted = stall_s, parted
         self._grace_s, self._tolerance, self._slowest_tps = grace_s, tolerance, slowest_tps
         self._n = self._x = self._y = self._xx = self._xy = 0.0
         # Sums over steps with prompts, each weighed by its tokens: 1, depth, depth^2, seconds a token.
@@ -53,7 +60,7 @@ class Pace:
             self._xx = self._xx * _FADE + decode * decode
             self._xy = self._xy * _FADE + decode * seconds
             return
-        each = max(seconds - self.seconds(decode), 0.1 * seconds) / prefill if decode else seconds / prefill
+        each = max(seconds - self._without_prompts(decode, prefill), 0.1 * seconds) / prefill
         # A few tokens say little about the speed of many: their step is mostly base.
         weight = prefill * min(1.0, prefill / 16)
         self._w = self._w * _PREFILL_FADE + weight
@@ -64,14 +71,12 @@ class Pace:
 
     def seconds(self, decode: int, prefill: int = 0, depth: float = 0.0) -> float:
         """About how long a step takes; 0.0 where nothing like it was measured."""
-        base, each = self._line()
-        known = base + each * decode if decode else 0.0
         flat, deep = self._prefill_line()
-        return known + (flat + deep * depth) * prefill
+        return self._without_prompts(decode, prefill) + (flat + deep * depth) * prefill
 
     def prefill_limit(self, decode: int, most: int, start: int = 0) -> int:
         """Prompt tokens to compute in a step beside `decode` tokens of running answers, of a prompt that has `start`
-        tokens computed: all that fits in the stall."""
+        tokens computed: all that fits in the stall, and no fewer than are worth a pass over the weights."""
         if decode == 0:
             return most
         if not self._w:
@@ -79,10 +84,12 @@ class Pace:
         # n tokens take n * (flat + deep * (start + n / 2)) seconds.
         flat, deep = self._prefill_line()
         first = flat + deep * start
-        fits = int(2 * self._stall_s / (first + math.sqrt(first * first + 2 * deep * self._stall_s)))
+        one_pass = self._line()[0] if self._parted else 0.0
+        left = max(self._stall_s - one_pass, _WORTH_A_PASS * one_pass)
+        fits = int(2 * left / (first + math.sqrt(first * first + 2 * deep * left)))
         if fits >= _WHOLE:
             fits = (fits - 1) // TILE * TILE + 1  # part of a tile takes as long as a whole one
-        elif _WHOLE * (first + deep * _WHOLE / 2) < _STRETCH * self._stall_s:
+        elif one_pass + _WHOLE * (first + deep * _WHOLE / 2) < _STRETCH * self._stall_s:
             fits = _WHOLE
         return max(1, min(most, fits))
 
@@ -97,11 +104,16 @@ class Pace:
 
     def due(self, decode: int, prefill: int, depth: float = 0.0) -> float:
         """Seconds after which a step counts as stuck: the grace plus so many times what it should take."""
-        base, each = self._line()
-        decode_s = base + each * decode if self._n else decode / self._slowest_tps
+        decode_s = self._without_prompts(decode, prefill) if self._n else decode / self._slowest_tps
         flat, deep = self._prefill_line()
         prefill_s = prefill * (flat + deep * depth or 1 / self._slowest_tps)
         return self._grace_s + self._tolerance * (decode_s + prefill_s)
+
+    def _without_prompts(self, decode: int, prefill: int) -> float:
+        """Seconds of a step but for what the prompts' tokens take."""
+        base, each = self._line()
+        passes = bool(decode or prefill) + bool(self._parted and decode and prefill)
+        return base * passes + each * decode
 
     def _prefill_line(self) -> tuple[float, float]:
         """(flat, deep) seconds of a prompt token; zeros before any."""

@@ -65,8 +65,8 @@ def test_a_long_prompt_is_indexed_over_several_steps() -> None:
     assert lookup.draft(2).tolist() == [7, 8]
 
 
-def pace(**more: float) -> Pace:
-    return Pace(0.1, grace_s=10, tolerance=10, slowest_tps=2, **more)
+def pace(parted: bool = False) -> Pace:
+    return Pace(0.1, grace_s=10, tolerance=10, slowest_tps=2, parted=parted)
 
 
 def test_a_guess_pays_from_the_chance_at_which_it_brings_more_than_it_takes() -> None:
@@ -92,12 +92,26 @@ def test_prompts_hold_up_running_answers_for_the_stall_target_and_not_longer() -
         learnt.record(4, 50, 0.02 + 50 * 0.002)
     assert learnt.prefill_limit(4, 512) == 65, "a whole tile of rows rather than 50 tokens"
     for _ in range(40):
-        learnt.record(4, 20, 0.02 + 20 * 0.01)
-    assert learnt.prefill_limit(4, 512) == 10
+        learnt.record(4, 20, 0.02 + 20 * 0.02)
+    assert learnt.prefill_limit(4, 512) == 5
     assert learnt.prefill_limit(4, 4) == 4
     for _ in range(40):
         learnt.record(4, 1, 5.0)
     assert learnt.prefill_limit(4, 512) == 1
+
+
+def test_a_pass_over_the_weights_is_not_taken_for_what_a_prompts_tokens_cost() -> None:
+    """In a parted cache a prompt needs one of its own, which is as long as the stall may be here."""
+    learnt = pace(parted=True)
+    for tokens in (1, 4, 8) * 10:
+        learnt.record(tokens, 0, 0.1 + 0.01 * tokens)
+    sizes = []
+    for _ in range(50):
+        sizes.append(learnt.prefill_limit(4, 512))
+        learnt.record(4, sizes[-1], 2 * 0.1 + 4 * 0.01 + sizes[-1] * 0.02)
+    assert sizes[0] == 65 and set(sizes[1:]) <= {14, 15}, "three times as long as the pass, and never fewer"
+    assert abs(learnt.seconds(4, 15) - 0.54) < 0.02
+    assert abs(learnt.seconds(0, 15) - 0.40) < 0.02
 
 
 def test_a_prompt_gets_fewer_tokens_the_more_it_has_behind_it() -> None:

@@ -178,6 +178,30 @@ def test_a_prefix_that_was_evicted_comes_back_from_host_ram() -> None:
         assert engine.stats().timings.restored == 1
 
 
+@pytest.mark.parametrize(("longer", "saved"), [(20, False), (120, True)])
+def test_what_adds_little_to_a_saved_prompt_is_not_saved_beside_it(
+    longer: int, saved: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Copying is made to cost half of what all tokens are worth: 20 after 80 saved ones do not pay, 120 do."""
+
+    def half_of_all(self: memory.Memory, length: int, loose: int) -> float:
+        return 0.25 * self.compute_s * length
+
+    monkeypatch.setattr(memory, "_CHANCE", 1.0)
+    monkeypatch.setattr(memory.Memory, "_copy_seconds", half_of_all)
+    room = Room(slots=1, n_ctx=256, kv_cells=256, n_batch=64, sequences=1, rows=4)
+    with running(FakeBackend(room), PLAIN) as engine:
+        one(engine, Ask(words(80, 1), GREEDY, max_tokens=1))
+        one(engine, Ask(words(100, 2), GREEDY, max_tokens=1))
+        assert engine.stats().timings.saved == 1
+        one(engine, Ask(words(80, 1) + words(longer, 3), GREEDY, max_tokens=1))
+        one(engine, Ask(words(100, 4), GREEDY, max_tokens=1))
+        settled(engine)
+        assert engine.stats().timings.saved == 2 + saved
+        again = one(engine, Ask(words(80, 1) + words(longer, 3) + words(9, 5), GREEDY, max_tokens=1))
+        assert again.done.usage.cached_tokens == 80 + saved * longer
+
+
 @pytest.mark.parametrize("host_bytes", [0, 6000])
 def test_what_a_newcomer_goes_on_from_does_not_make_way_for_it(host_bytes: int) -> None:
     """There is room for two sequences and one more in host RAM; the one wanted is the one unused for longest."""
