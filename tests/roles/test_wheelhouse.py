@@ -152,7 +152,7 @@ def test_a_build_host_collects_the_release_for_the_others(module: ModuleType, pr
         command = [ansible, "-i", str(tmp_path / "hosts.yml"), str(tmp_path / "play.yml")]
         done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True, timeout=250)
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
-        names = re.findall(r'"msg": "(\S+) in (\S+)"', done.stdout)
+        names = re.findall(r'msg"?: "?(\S+) in ([^"\s]+)', done.stdout)
         assert len(names) == 2 and len(set(names)) == 1, done.stdout
         folder = Path(names[0][1])
         assert folder.parent == tmp_path / "controller" and (folder / "release").read_text().strip() == names[0][0]
