@@ -253,6 +253,7 @@ def test_the_gate_is_reloaded_and_restarted_while_requests_are_answered(fleet: F
     assert on("lab1", "systemctl is-active llmgate llmgate.socket") == "active\nactive"
 
 
+@pytest.mark.full
 def test_the_gate_moves_to_another_port_and_back(fleet: Fleet) -> None:
     deploy("--limit", "lab1", "-e", "llmgate_port=8001")
     assert "0.0.0.0:8001" in on("lab1", "ss -Hltn")
@@ -261,6 +262,7 @@ def test_the_gate_moves_to_another_port_and_back(fleet: Fleet) -> None:
     wait_for(fleet.all_usable, "both nodes to be usable")
 
 
+@pytest.mark.full
 def test_a_model_behind_a_url_leaves_its_source_once_and_comes_whole_or_not_at_all(
     fleet: Fleet, tmp_path: Path
 ) -> None:
