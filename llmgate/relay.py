@@ -87,6 +87,7 @@ class Exchange:
     resumable: `committed` stands for all that is out.    first_content: clock reading.    pauses: seconds in which the
     client heard nothing, between content of one node and of the next.
     kept: the last answer or error that was read whole, not sent yet.
+    heard: called when a node's answer begins, if it does not end there and then: its prompt is computed.
     """
 
     request_id: str
@@ -106,6 +107,7 @@ class Exchange:
     pauses: list[float] = field(default_factory=list)
     usage: Usage | None = None
     kept: Whole | None = None
+    heard: Callable[[], None] = lambda: None
 
     def got(self) -> Got:
         return Got(self.committed.size, self.content, self.resumable)
@@ -260,9 +262,13 @@ class Relay:
     ) -> Outcome:
         """Read an event stream to its end, or to where there is nothing more to be had from it."""
         failure: Outcome | None = None
+        silent, known = True, exchange.committed.size
         try:
             while chunk := await response.read():
                 data = reader.feed(chunk)
+                if silent and not reader.over and (reader.content or exchange.committed.size > known):
+                    silent = False
+                    exchange.heard()
                 if data:
                     await take(data)
                 if reader.over and not reader.done:

@@ -217,7 +217,7 @@ _GAUGES: tuple[tuple[str, str, Callable[[Stats], float]], ...] = (
     ("llmnode_queued_prompt_tokens", "Prompt tokens waiting to be computed", attrgetter("load.queued_prompt_tokens")),
     ("llmnode_predicted_wait_seconds", "Until one more request should get a slot", attrgetter("load.wait_s")),
     ("llmnode_prompt_bytes_per_token", "Canonical bytes of a prompt token, lately", attrgetter("load.bytes_per_token")),
-    ("llmnode_prefill_tokens_per_second", "Prompt tokens computed a second, lately", attrgetter("load.prefill_tps")),
+    ("llmnode_prefill_tokens_per_second", "Tokens a second of long prompts, lately", attrgetter("load.prefill_tps")),
     ("llmnode_decode_tokens_per_second", "Answer tokens computed a second, lately", attrgetter("load.decode_tps")),
     ("llmnode_kv_cells", "Tokens that the KV cache can hold", attrgetter("load.kv_cells")),
     ("llmnode_kv_cells_used", "Cells that running requests hold", attrgetter("load.kv_cells_used")),

@@ -54,6 +54,20 @@ class Candidate:
         """The cost of this request here; 0.0 where none was asked for."""
         return self.cost.seconds if self.cost else 0.0
 
+    @property
+    def before_s(self) -> float:
+        """Of this cost, what is not this request's own doing."""
+        return self.cost.before_s if self.cost else 0.0
+
+    @property
+    def cached(self) -> int:
+        """Tokens of this request that it holds."""
+        return self.cost.cached if self.cost else 0
+
+    @property
+    def uncached(self) -> int:
+        return self.cost.prompt - self.cost.cached if self.cost else 0
+
     def __str__(self) -> str:
         slow = f" at {self.share:.0%}" if self.share < 1.0 else ""
         return f"{self.name} {self.busy}/{self.slots}{slow}" + (f" ({self.cost})" if self.cost else "")

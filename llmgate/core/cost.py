@@ -4,7 +4,8 @@
 
 wait      0 with a free slot. Else the node's own `wait_s`, and `STEP_S` for each request of this gate that the report
           does not count and that found no free slot, with the one to be placed if the report still knew of a free one.
-backlog   prompt tokens that are to be computed there first: `queued_prompt_tokens`, and what this gate sent since.
+backlog   prompt tokens that are to be computed there first: `queued_prompt_tokens` and what this gate sent since, less
+          what was computed meanwhile: its answer has begun.
 prompt    tokens of the request: bytes of its chain over the node's own `bytes_per_token`, or `BYTES_PER_TOKEN`.
 cached    those of them that the node holds, by its last report or by what this gate sent there lately.
 speed     `prefill_tps` as the node measured it, or `PREFILL_TPS` until it has.
@@ -44,8 +45,13 @@ class Cost:
     depth: int
 
     @property
+    def before_s(self) -> float:
+        """Seconds until the node comes to this request."""
+        return self.wait_s + self.backlog / self.prefill_tps
+
+    @property
     def seconds(self) -> float:
-        return self.wait_s + (self.backlog + self.prompt - self.cached) / self.prefill_tps
+        return self.before_s + (self.prompt - self.cached) / self.prefill_tps
 
     def __str__(self) -> str:
         return f"{self.seconds:.3f} s, {self.cached} of {self.prompt} cached"

@@ -70,6 +70,8 @@ class Node:
     turn: the fleet's dispatch number when this node last got work; 0 for never.
     held: blocks of prefix chains that it holds, by its last report; without those that answers have proved wrong since.
     sent: what went there lately (prediction.py).
+    owed: prompt tokens that such requests had still to be computed when the report came.
+    computed: those of them that have been computed since.
     """
 
     name: str
@@ -86,6 +88,8 @@ class Node:
     lease: Lease | None = None
     held: frozenset[int] = frozenset()
     sent: tuple[Sent, ...] = ()
+    owed: int = 0
+    computed: int = 0
 
     def __repr__(self) -> str:
         lease = f", drained by {self.lease.owner}" if self.lease else ""
@@ -106,9 +110,15 @@ class Node:
 
     @cached_property
     def backlog(self) -> int:
-        """Prompt tokens to be computed there: those it reported, and those sent since."""
-        reported = self.report.load.queued_prompt_tokens if self.report else 0
-        return reported + prediction.backlog(self.sent, -math.inf if self.seen is None else self.seen)
+        """Prompt tokens to be computed there: those it reported, but for what is done since, and those sent since."""
+        sent = prediction.backlog(self.sent, -math.inf if self.seen is None else self.seen)
+        load = self.report.load if self.report else None
+        queued = load.queued_prompt_tokens if load else 0
+        if not load or not self.owed:
+            return queued + sent
+        # Where all the requests there were ours, so are the tokens, whatever they were guessed to be.
+        ours = min(queued, self.owed) if load.running + load.waiting > self.counted else queued
+        return queued - ours * self.computed // self.owed + sent
 
     def depth(self, prompt: Chain, now: float) -> int:
         """How many blocks of a prompt it holds: by its report, or by what was sent there lately."""
@@ -212,6 +222,14 @@ class Dispatched:
 
 
 @dataclass(frozen=True)
+class Begun:
+    """The answer to such a request has begun, so that its prompt is computed. `sent`: as in its `Dispatched`."""
+
+    name: str
+    sent: Sent
+
+
+@dataclass(frozen=True)
 class Finished:
     """The last body byte of such a request came, or its connection was closed.
 
@@ -243,7 +261,7 @@ class Leased:
     leases: tuple[Lease, ...]
 
 
-Event = Listed | Reported | Missed | Lost | Kept | Released | Dispatched | Finished | Attempted | Leased
+Event = Listed | Reported | Missed | Lost | Kept | Released | Dispatched | Begun | Finished | Attempted | Leased
 
 
 @dataclass(frozen=True)
@@ -272,6 +290,8 @@ class Fleet:
             return self._with(dataclasses.replace(node, kept=node.kept + 1))
         if isinstance(event, Released):
             return self._with(dataclasses.replace(node, kept=max(0, node.kept - 1)))
+        if isinstance(event, Begun):
+            return self._with(_over(node, event.sent))
         if isinstance(event, Finished):
             return self._with(_finished(node, event))
         if isinstance(event, Reported):
@@ -336,7 +356,10 @@ class Fleet:
         node = self._told(node, Signal.READY if ready else Signal.AWAY, event.now, "" if ready else report.why)
         sent = prediction.fresh(node.sent, event.now)
         held = _held(event.report) if event.report else node.held
-        return dataclasses.replace(node, report=report, seen=event.now, counted=node.in_flight, sent=sent, held=held)
+        owed = prediction.backlog(sent, -math.inf)
+        return dataclasses.replace(
+            node, report=report, seen=event.now, counted=node.in_flight, sent=sent, held=held, owed=owed, computed=0
+        )
 
     def _attempted(self, node: Node, event: Attempted) -> Node:
         if event.turn < node.health.counts_from:
@@ -392,13 +415,21 @@ class Fleet:
         return dataclasses.replace(self, nodes=nodes)
 
 
+def _over(node: Node, sent: Sent, *, computed: bool = True) -> Node:
+    """With nothing of the request left to compute."""
+    sents, tokens = prediction.over(node.sent, sent, computed=computed)
+    reported = node.seen is not None and sent.now <= node.seen
+    return dataclasses.replace(node, sent=sents, computed=node.computed + tokens * reported)
+
+
 def _finished(node: Node, event: Finished) -> Node:
+    asked = event.sent
+    if asked:
+        node = _over(node, asked, computed=event.computed)
     held, sent = node.held, node.sent
-    if event.sent:
-        sent = prediction.ended(sent, event.sent, computed=event.computed)
-        if event.cached is not None and event.sent.missed(event.cached):
-            sent = prediction.corrected(sent, event.sent, event.cached)
-            held = held.difference(event.sent.blocks[event.sent.really(event.cached) :])
+    if asked and event.cached is not None and asked.missed(event.cached):
+        sent = prediction.corrected(sent, asked, event.cached)
+        held = held.difference(asked.blocks[asked.really(event.cached) :])
     # `counted` stays: what was counted in the report and has ended since lowers the estimate by itself.
     return dataclasses.replace(node, in_flight=max(0, node.in_flight - 1), held=held, sent=sent)
 

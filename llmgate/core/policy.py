@@ -19,9 +19,15 @@
 
 1. Those are good that cost no more than `NEAR` times the lowest, or `NEAR_S` more: the figures are no finer than that.
 2. When nobody holds a block of it (the prompt is cold), those are good that cost no more than `COLD` times the lowest,
-   or `COLD_S` more: speeds are measured and waver, and where its next turn will look for it counts for more.
-3. The good are ordered by rendezvous hash of the root, those whose load is above `CROWDED` times the mean last.
-4. The others follow, the cheapest first.
+   or `COLD_S` more: speeds are measured and waver, and where others will look for it counts for more. What stands
+   before it there does not waver: no more of that than in (1).
+3. Of the good those come first that compute little: no more than `NEAR` times the least, or `NEAR_TOKENS` more. What
+   another one would compute again is lost for whoever comes next.
+4. Among equals the rendezvous hash of the root decides, those whose load is above `CROWDED` times the mean last. For a
+   cold prompt nothing speaks for a busy one: they come by their load, then by what stands before it there, then those
+   first that got work longest ago. Idle ones come by the hash of its first block, so that gates which know nothing of
+   each other send what begins alike the same way.
+5. The others follow, the cheapest first.
 
 A prompt of which no figure is known is cold everywhere and costs the same everywhere, so the hash alone decides.
 """
@@ -43,7 +49,7 @@ from llmnode.wire.errors import ApiError, ModelNotFound, Overloaded
 
 NO_NODE_RETRY_S = 1.0
 """`Retry-After` when no node is ready, in seconds: nodes are polled about that often."""
-NEAR, NEAR_S = 1.25, 0.01
+NEAR, NEAR_S, NEAR_TOKENS = 1.25, 0.01, 64
 COLD, COLD_S = 2.0, 0.1
 CROWDED = 1.25
 _SHOWN = 4
@@ -118,9 +124,11 @@ class Choice:
 
 @dataclass(frozen=True)
 class Draw:
-    """What stands in for chance. root: of the conversation, always the same.    dice: new for each request."""
+    """What stands in for chance. root: of the conversation, always the same.    first: of all that begin alike.
+    dice: new for each request."""
 
     root: int
+    first: int
     dice: int
 
 
@@ -141,14 +149,17 @@ def prefix(candidates: Sequence[Candidate], draw: Draw) -> Ranking:
     Reasons: "cold"; "held", the first holds as much as anybody; "moved", somebody holds more and would take longer.
     """
     lowest = min(c.seconds for c in candidates)
-    cold = not any(_cached(c) for c in candidates)
-    ratio, slack = (COLD, COLD_S) if cold else (NEAR, NEAR_S)
-    limit = max(ratio * lowest, lowest + slack)  # (1), (2)
-    good = _hashed([c for c in candidates if c.seconds <= limit], draw.root, candidates)  # (3)
-    others = sorted((c for c in candidates if c.seconds > limit), key=lambda c: (c.seconds, c.name))  # (4)
-    most = max(_cached(c) for c in candidates)
-    reason = "cold" if cold else "held" if _cached(good[0]) == most else "moved"
-    return Ranking((*good, *others), reason)
+    most = max(c.cached for c in candidates)
+    ratio, slack = (NEAR, NEAR_S) if most else (COLD, COLD_S)
+    good = [c for c in candidates if c.seconds <= max(ratio * lowest, lowest + slack)]  # (1), (2)
+    if not most:
+        before = min(c.before_s for c in good) + max((NEAR - 1) * lowest, NEAR_S)
+        good = [c for c in good if c.before_s <= before]
+    least = min(c.uncached for c in good)
+    little = [c for c in good if c.uncached <= max(NEAR * least, least + NEAR_TOKENS)]  # (3)
+    first = _hashed(little, draw.root, candidates) if most else _freest(little, draw.first)  # (4)
+    others = sorted((c for c in candidates if c not in little), key=lambda c: (c.seconds, c.name))  # (5)
+    return Ranking((*first, *others), "cold" if not most else "held" if first[0].cached == most else "moved")
 
 
 def least_loaded(candidates: Sequence[Candidate], draw: Draw) -> Ranking:
@@ -191,16 +202,17 @@ def choose(fleet: Fleet, ask: Ask, now: float, stale_after: float, policy: str |
     model = fleet.resolve(name)
     notes = (f"fallback from {ask.model}",) if name != fleet.meant(ask.model) else ()
     candidates = found.candidates
-    root = NOTHING.root
+    root, first = NOTHING.root, NOTHING.root
     if candidates and (policy in _READ_PROMPT or route.canary):
         candidates = candidate.with_chains(candidates, fleet, name, ask.prompt, now)
-        root = candidates[0].chain.root if candidates[0].chain else root
+        chain = candidates[0].chain or NOTHING
+        root, first = chain.root, chain.blocks[0] if chain.blocks else chain.root
     root = root or rendezvous.key(ask.request)
     if not candidates:
         return Choice((), found.passed_over, policy, "nobody", model, name, notes, found.awaited)
     order, reason = candidates, "only"
     if len(candidates) > 1:
-        ranking = POLICIES[policy](candidates, Draw(root, ask.dice))  # (4)
+        ranking = POLICIES[policy](candidates, Draw(root, first or root, ask.dice))  # (4)
         order, reason = ranking.order, ranking.reason
     if route.canary:
         order, side = _sided(order, route.canary, root)  # (5)
@@ -250,15 +262,17 @@ def _model(fleet: Fleet, ask: Ask, now: float, stale_after: float) -> tuple[str,
     return next(with_nodes, None) or next(awaited, None) or next(served, None) or every[0]
 
 
-def _cached(c: Candidate) -> int:
-    return c.cost.cached if c.cost else 0
-
-
-def _hashed(some: Sequence[Candidate], root: int, everybody: Sequence[Candidate]) -> tuple[Candidate, ...]:
+def _hashed(some: Sequence[Candidate], key: int, everybody: Sequence[Candidate]) -> tuple[Candidate, ...]:
     """By rendezvous hash, those above `CROWDED` times everybody's mean load last."""
     limit = CROWDED * sum(c.load for c in everybody) / len(everybody)
-    order = _by_score(some, root)
+    order = _by_score(some, key)
     return (*(c for c in order if c.load <= limit), *(c for c in order if c.load > limit))
+
+
+def _freest(candidates: Sequence[Candidate], key: int) -> tuple[Candidate, ...]:
+    """By load, what stands before a request there, and who got work longest ago; idle ones by rendezvous hash."""
+    order = _by_score(candidates, key)
+    return tuple(sorted(order, key=lambda c: (c.load, c.before_s, c.turn if c.busy else 0)))
 
 
 def _by_score(candidates: Sequence[Candidate], key: int) -> tuple[Candidate, ...]:

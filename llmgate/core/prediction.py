@@ -1,8 +1,9 @@
 """What this gate has sent to a node lately, and so what the node is about to hold and has yet to compute.
 
 A report is up to a poll old. In between, a request that has just left says two things of its node: its prompt's tokens
-are still to be computed there (until it has ended, or a report counts them), and its prompt's blocks will be held there
-(for `PREDICTED_S`, by when a report should name them). Both are guesses; the answer's `cached_tokens` corrects them.
+are still to be computed there (until its answer begins, or a report counts them), and its prompt's blocks will be held
+there (for `PREDICTED_S`, by when a report should name them). Both are guesses; the answer's `cached_tokens` corrects
+them.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ class Sent:
     """One request on its way at a node.
 
     blocks: of its chain.    depth: how many of these the node was thought to hold.
-    cached: tokens which that is.    tokens: those of its prompt which the node must compute; 0 once it has ended.
+    cached: tokens which that is.    tokens: those of its prompt which the node must compute; 0 once it has done so.
     now: when it left.
     """
 
@@ -55,13 +56,14 @@ def fresh(sents: Iterable[Sent], now: float) -> tuple[Sent, ...]:
     return tuple(sent for sent in sents if now - sent.now <= PREDICTED_S)
 
 
-def ended(sents: tuple[Sent, ...], sent: Sent, *, computed: bool) -> tuple[Sent, ...]:
-    """After its request has ended: nothing of it is left to compute. A node that did not take it will not hold it."""
-    over = (dataclasses.replace(sent, tokens=0),) if computed else ()
+def over(sents: tuple[Sent, ...], sent: Sent, *, computed: bool) -> tuple[tuple[Sent, ...], int]:
+    """Once nothing of it is left to compute -> (the others and it, its tokens until then). A node that did not take it
+    will not hold it."""
     for at, other in enumerate(sents):
-        if other is sent:
-            return (*sents[:at], *over, *sents[at + 1 :])
-    return sents
+        if (other.request, other.now) == (sent.request, sent.now):
+            itself = (dataclasses.replace(other, tokens=0),) if computed else ()
+            return (*sents[:at], *itself, *sents[at + 1 :]), other.tokens
+    return sents, 0
 
 
 def corrected(sents: Iterable[Sent], wrong: Sent, cached: int) -> tuple[Sent, ...]:

@@ -143,6 +143,8 @@ class Engine:
         self._step_s = 0.0
         self._count = _Counters()
         self._prefill, self._decode, self._hold_s = Rate(), Rate(), 0.0
+        # Of prompts too, each step counting by its tokens: as a long prompt is computed, however many short ones come.
+        self._long_prefill = Rate()
         self._step_deadline: float | None = None
         self._next_deadline = float("inf")  # of all asks
         self._changed = False  # whether somebody joined or left since the last snapshot
@@ -220,8 +222,12 @@ class Engine:
         self._wake.set()
 
     def stats(self) -> Stats:
-        """The snapshot after the last step, or one of the last few, with the deadline of the one now running."""
-        return replace(self._stats, heartbeat=self._heartbeat, step_deadline=self._step_deadline)
+        """The snapshot after the last step, or one of the last few, with what has come since, and the deadline of the
+        step now running."""
+        stats = self._stats
+        with self._door:
+            load = self._with_arrivals(stats.load)
+        return replace(stats, load=load, heartbeat=self._heartbeat, step_deadline=self._step_deadline)
 
     @property
     def shares_parts(self) -> bool:
@@ -271,6 +277,9 @@ class Engine:
         """Schedule, decode, sample, postprocess."""
         began = self._clock()
         plan = self._schedule(began)
+        if self._changed:
+            # A step with a long prompt takes a while, in which gates ask what is to be done here.
+            self._stats = self._snapshot(began)
         if plan.tokens:
             self._step_deadline = began + self._pace.due(plan.tokens - plan.prefill, plan.prefill, plan.depth)
             if self._decode_plan(plan):
@@ -416,7 +425,9 @@ class Engine:
         self._pace.record(plan.tokens - plan.prefill, plan.prefill, took, plan.depth)
         self._count.prompt_tokens += plan.prefill
         if plan.prefill:
-            self._prefill.add(plan.prefill, max(took - self._pace.seconds(plan.tokens - plan.prefill), 0.1 * took))
+            prefill_s = max(took - self._pace.seconds(plan.tokens - plan.prefill), 0.1 * took)
+            self._prefill.add(plan.prefill, prefill_s)
+            self._long_prefill.add(plan.prefill, prefill_s, weight=plan.prefill)
             self._squeeze = min(self._backend.room.n_batch, 2 * self._squeeze)
             self._memory.compute_s = 1 / self._prefill.per_second
         return True
@@ -653,25 +664,28 @@ class Engine:
             return 0.0
         return self._hold_s * (self._inside - slots + 1) / slots
 
+    def _with_arrivals(self, load: Load) -> Load:
+        """The load of a snapshot, and what the engine has not looked at yet. Thread-safe, under the door's lock."""
+        arriving = sum(len(command.tokens) for command in self._inbox if isinstance(command, Sequence))
+        return replace(
+            load,
+            waiting=max(0, self._inside - load.running),
+            queued_prompt_tokens=load.queued_prompt_tokens + arriving,
+            wait_s=self._predicted_wait(),
+        )
+
     def _snapshot(self, now: float) -> Stats:
         self._changed = False
         scheduler, memory, count, moves = self._scheduler, self._memory, self._count, self._memory.moves
         live = memory.cells_live
-        running = len(scheduler.running)
-        with self._door:
-            waiting = max(0, self._inside - running)
-            wait_s = self._predicted_wait()
-            arriving = sum(len(command.tokens) for command in self._inbox if isinstance(command, Sequence))
         load = Load(
             slots=scheduler.room.slots,
-            running=running,
-            waiting=waiting,
+            running=len(scheduler.running),
             kv_cells=scheduler.room.kv_cells,
             kv_cells_used=live,
-            queued_prompt_tokens=arriving + scheduler.queued_prompt_tokens,
-            prefill_tps=self._prefill.per_second,
+            queued_prompt_tokens=scheduler.queued_prompt_tokens,
+            prefill_tps=self._long_prefill.per_second,
             decode_tps=self._decode.per_second,
-            wait_s=wait_s,
         )
         version = (memory.version, count.prompt_tokens)
         if version != self._held_version and (now - self._held_at >= _HELD_S or not self._sequences):

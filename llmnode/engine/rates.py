@@ -6,7 +6,7 @@ from __future__ import annotations
 class Rate:
     """Amount per second, the older counting less: after `memory_s` seconds of work a measurement weighs 1/e.
 
-    Amounts and seconds fade together, so a short step counts little and a long one much.
+    Amounts and seconds fade together, so a short step counts little and a long one much; with `weight` as much more.
     """
 
     __slots__ = ("_amount", "_memory_s", "_seconds")
@@ -16,10 +16,10 @@ class Rate:
         self._amount = 0.0
         self._seconds = 0.0
 
-    def add(self, amount: float, seconds: float) -> None:
+    def add(self, amount: float, seconds: float, weight: float = 1.0) -> None:
         fade = max(0.0, 1.0 - seconds / self._memory_s)
-        self._amount = self._amount * fade + amount
-        self._seconds = self._seconds * fade + seconds
+        self._amount = self._amount * fade + weight * amount
+        self._seconds = self._seconds * fade + weight * seconds
 
     @property
     def per_second(self) -> float:

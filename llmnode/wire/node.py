@@ -67,7 +67,7 @@ class Model:
 class Load:
     """How busy the engine is now. Rates are moving averages, 0.0 until first measured.
 
-    queued_prompt_tokens: of requests inside, not computed yet.
+    queued_prompt_tokens: of requests inside, not computed yet.    prefill_tps: of long prompts.
     wait_s: seconds until one more request should get a slot.
     bytes_per_token: canonical bytes of a request (chain.py) for each token of its prompt.
     """

@@ -1,9 +1,8 @@
 """`make bench-gate`: llmgate beside nginx and LiteLLM's proxy, in front of the same mock nodes, in one run.
 
 Both proxies of a row are up and one at a time is used. The proxy has half of the cores for itself, the upstream and
-the load share the others, so that nobody takes from the proxy what is measured of it. Straight to the upstream the
-load must reach well more than through any proxy, or the row fails. Prints the table of docs/benchmarks.md and writes
-out/bench-gate.json, which holds every single run.
+the load share the others, so that nobody takes from the proxy what is measured of it. Prints the table of
+docs/benchmarks.md and writes out/bench-gate.json, which holds every single run.
 """
 
 from __future__ import annotations
@@ -127,7 +126,7 @@ def _marked(ports: list[int]) -> int:
 
 
 def measure(row: Row, pairs: int, spare: int) -> Result:
-    """Run one row. Raises RuntimeError when a side does not answer, or the load would measure itself."""
+    """Run one row. Raises RuntimeError when a side does not answer."""
     with in_front_of_nodes(row, Cores.of(sorted(os.sched_getaffinity(0)))) as (turn, commands):
         return Result(row, "", take_turns(row, "", OURS, turn, pairs, spare), commands)
 

@@ -14,7 +14,7 @@ import pytest
 from llmnode.wire import resume, sse
 from tests.bench import upstream, volley
 from tests.bench.doors import Cores, start_upstream
-from tests.bench.figures import CPU_TIME, REQUESTS_PER_S, STREAMS_PER_S, Bar
+from tests.bench.figures import CPU_TIME, REQUESTS_PER_S, STREAMS_PER_CORE, STREAMS_PER_S, Bar
 from tests.bench.gate_rows import ROWS, Closed, Open, Row
 from tests.bench.servers import Server
 from tests.bench.volley import Load, Reply, Volley, requests
@@ -126,26 +126,30 @@ def test_requests_are_the_same_for_the_same_seed_and_carry_the_key() -> None:
 
 
 class Fake:
-    """A range whose proxy answers `through` times a second, and the upstream `straight` times."""
+    """A range whose proxy answers `through` times a second, 10 times in 0.5 s of its own; the upstream `straight`."""
 
     def __init__(self, straight: float, through: float, latency: tuple[float, float] = (0.0, 0.0)) -> None:
         self.rates, self.latency = (straight, through), latency
+        self.spent = 0.0
 
     def fire(self, *, straight: bool = False, **load: object) -> Volley:
         took = {f"p{p}": self.latency[not straight] for p in (50, 99)}
         return Volley(10, 0, self.rates[not straight], took, took)
 
     def cpu_s(self) -> float:
-        return 1.0
+        self.spent += 0.5
+        return self.spent
 
     def hold(self, streams: int) -> float:
         return 0.0
 
 
-def test_a_load_that_would_measure_itself_gives_no_figure() -> None:
-    assert Closed(stream=True)(Fake(straight=1600, through=1000), 1)[STREAMS_PER_S] == 1000
-    with pytest.raises(RuntimeError, match="the load reaches 1400/s straight"):
-        Closed(stream=True)(Fake(straight=1400, through=1000), 1)
+def test_a_proxy_is_measured_by_what_it_used_and_not_by_what_the_load_could_send() -> None:
+    for through in (100, 1000):
+        found = Closed(stream=True)(Fake(straight=1000, through=through), 1)
+        assert found[STREAMS_PER_CORE] == 10 / 0.5
+        assert found[CPU_TIME] == 0.5 / 10
+        assert found[STREAMS_PER_S] == through
 
 
 def test_added_latency_is_what_the_proxy_adds() -> None:

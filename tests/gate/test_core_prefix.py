@@ -7,9 +7,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from llmgate.core import cost, prediction
+from llmgate.core.candidate import Candidate
 from llmgate.core.cost import Cost
-from llmgate.core.fleet import Dispatched, Event, Finished, Fleet, Lost, Reported
-from llmgate.core.policy import Ask
+from llmgate.core.fleet import Begun, Dispatched, Event, Finished, Fleet, Lost, Reported
+from llmgate.core.policy import COLD, COLD_S, NEAR, NEAR_S, Ask, Draw, prefix
 from llmgate.core.prediction import PREDICTED_S, Sent
 from llmgate.listing import Address
 from llmnode.wire.chain import BLOCK, Chain
@@ -97,6 +98,9 @@ def test_dispatches_since_the_report_make_the_next_one_wait(running: int, dispat
         ((reported("a", HELD, running=4, wait_s=3.2),), "ba", "moved"),
         # It has more to compute first than the prompt has tokens.
         ((reported("a", HELD, queued_prompt_tokens=4000),), "ba", "moved"),
+        # It would take longer, but not by more than the figures are out: what is held need not be computed again.
+        ((reported("a", HELD, queued_prompt_tokens=2600),), "ab", "held"),
+        ((reported("b", HELD, queued_prompt_tokens=2600),), "ba", "held"),
         # The other one is ten times as fast.
         ((reported("a", HELD, running=4, wait_s=1.0), reported("b", prefill_tps=10_000.0)), "ba", "moved"),
         # Cold, and one of them is three times as fast.
@@ -104,11 +108,60 @@ def test_dispatches_since_the_report_make_the_next_one_wait(running: int, dispat
         ((reported("b", prefill_tps=3000.0),), "ba", "cold"),
         # Cold, and one has no slot.
         ((reported("a", running=4, wait_s=9.0),), "ba", "cold"),
+        # Cold, and one has as much to compute first: that is no matter of speed.
+        ((reported("a", queued_prompt_tokens=2000),), "ba", "cold"),
+        ((reported("b", queued_prompt_tokens=2000),), "ab", "cold"),
+        # Cold, and the busy one is so much faster that it is there first.
+        ((reported("a", queued_prompt_tokens=20_000, prefill_tps=1e4), reported("b", prefill_tps=400.0)), "ab", "cold"),
+        ((reported("b", queued_prompt_tokens=20_000, prefill_tps=1e4), reported("a", prefill_tps=400.0)), "ba", "cold"),
     ],
 )
 def test_the_cheapest_wins(events: tuple[Event, ...], order: str, reason: str) -> None:
     made = choice(fleet("a", "b", events=events), ASK)
     assert (names(made), made.reason) == (list(order), reason)
+
+
+@given(
+    st.lists(
+        st.builds(
+            Cost,
+            wait_s=st.sampled_from([0.0, 0.5, 10.0]),
+            backlog=st.integers(0, 10_000),
+            prompt=st.just(3000),
+            cached=st.integers(0, 3000) | st.just(0),
+            prefill_tps=st.floats(1.0, 1e5),
+            depth=st.just(0),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    st.integers(0, 2**64 - 1),
+)
+def test_whatever_they_cost_all_are_ranked_and_the_first_is_a_good_one(costs: list[Cost], root: int) -> None:
+    candidates = [Candidate(str(n), 0, 4, 4096, 0, cost=one) for n, one in enumerate(costs)]
+    ranking = prefix(candidates, Draw(root, root, 0))
+    assert sorted(c.name for c in ranking.order) == [c.name for c in candidates]
+    ratio, slack = (COLD, COLD_S) if ranking.reason == "cold" else (NEAR, NEAR_S)
+    lowest = min(one.seconds for one in costs)
+    assert ranking.order[0].seconds <= max(ratio * lowest, lowest + slack)
+
+
+def test_gates_that_know_nothing_of_each_other_send_what_begins_alike_the_same_way() -> None:
+    made = fleet("a", "b", "c")
+    first = {names(choice(made, ask(f"question {number}", system=SYSTEM)))[0] for number in range(30)}
+    assert len(first) == 1
+    systems = {names(choice(made, ask("question", system=f"{number} {SYSTEM}")))[0] for number in range(30)}
+    assert systems == {"a", "b", "c"}
+
+
+def test_a_short_beginning_that_one_node_holds_does_not_gather_everybody_there() -> None:
+    """What is left to compute is about the same at each."""
+    held = chain_of(system="system " * 50)
+    made = fleet("a", "b", events=(reported("a", held), reported("b")))
+    asked = [ask(f"{number} {LONG}", system="system " * 50) for number in range(30)]
+    assert all(choice(made, one).ranked for one in asked)
+    assert cost_of(made, "a", asked[0]).cached and not cost_of(made, "b", asked[0]).cached
+    assert {names(choice(made, one))[0] for one in asked} == {"a", "b"}
 
 
 def test_those_that_come_after_come_by_their_cost() -> None:
@@ -161,16 +214,38 @@ def test_a_dispatch_is_work_until_it_ends_or_a_report_counts_it() -> None:
     made = fleet("a")
     backlog = []
     first, second = sent("a", now=NOW + 0.1, request="1"), sent("a", now=NOW + 0.2, request="2")
+    assert first.sent and second.sent
     for event in (
         first,  # 2502: not reported yet
         second,  # 5004
+        Begun("a", first.sent),  # 2502: it is computed once its answer begins
         Finished("a", first.sent, 0),  # 2502
-        Reported("a", report(queued_prompt_tokens=7), NOW + 1),  # 7: the report counts it
-        Finished("a", second.sent, 0),  # 7
+        Reported("a", report(queued_prompt_tokens=3000), NOW + 1),  # 3000: the report counts the second one
+        Begun("a", second.sent),  # 0
+        Finished("a", second.sent, 0),  # 0
+        Reported("a", report(queued_prompt_tokens=7), NOW + 2),  # 7: of others
     ):
         made = made.apply(event)
         backlog.append(made.nodes["a"].backlog)
-    assert backlog == [2502, 5004, 2502, 7, 7]
+    assert backlog == [2502, 5004, 2502, 2502, 3000, 0, 0, 7]
+
+
+@pytest.mark.parametrize(
+    ("running", "queued", "left"),
+    [
+        (1, 3000, 0),  # all that runs is ours, and so are tokens that were not foreseen
+        (1, 7, 0),  # most of it was done when the report came
+        (2, 3000, 498),  # others' stay
+        (2, 7, 0),
+    ],
+)
+def test_what_a_report_counts_is_over_once_its_answer_begins(running: int, queued: int, left: int) -> None:
+    gone = sent("a", now=NOW + 0.1)
+    assert gone.sent
+    counted = Reported("a", report(queued_prompt_tokens=queued, running=running), NOW + 1)
+    made = fleet("a", events=(gone, counted))
+    assert made.nodes["a"].backlog == queued
+    assert made.apply(Begun("a", gone.sent)).nodes["a"].backlog == left
 
 
 def test_a_node_is_taken_to_hold_what_was_just_sent_there_for_a_while() -> None:

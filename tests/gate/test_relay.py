@@ -2,19 +2,26 @@
 
 from __future__ import annotations
 
+import asyncio
+import json
 import socket
 import threading
 import time
+from collections.abc import Callable, Mapping
 
 import httpx
 import pytest
 
+from llmgate.core.plan import Kind, Outcome
+from llmgate.relay import Exchange, Relay
 from llmnode.wire import sse
+from llmnode.wire.resume import Fixed, Origin
 from tests.gate.conftest import GateUnderTest
 from tests.gate.mock_node import WORDS, MockNode
 from tests.processes import wait_for
 
 Two = tuple[GateUnderTest, MockNode, MockNode]
+Mock = Callable[..., MockNode]
 
 
 def stream(gate: GateUnderTest, **headers: str) -> httpx.Response:
@@ -41,6 +48,56 @@ def test_a_stream_arrives_whole_and_its_cost_is_logged_not_sent(two: Two) -> Non
     assert a.requests[-1]["headers"]["x-request-id"] == "my-id.1"
     line = gate.line("my-id.1")
     assert (line["prompt_tokens"], line["cached_tokens"], line["completion_tokens"]) == (11, 3, 5)
+
+
+class Kept:
+    """A client that keeps what it is sent."""
+
+    begun = False
+
+    def __init__(self) -> None:
+        self.data = b""
+
+    async def begin(self, status: int, headers: Mapping[str, str]) -> None:
+        self.begun = True
+
+    async def send(self, data: bytes) -> None:
+        self.data += data
+
+
+@pytest.mark.parametrize("streamed", [True, False])
+@pytest.mark.parametrize("held", ["stream", ""], ids=["by and by", "at once"])
+def test_who_routes_hears_once_that_a_prompt_is_computed(mock: Mock, streamed: bool, held: str) -> None:
+    """Not of an answer that comes whole: that it ends says the same."""
+    node = mock("a", resume=True)
+    node.fault, node.at, node.hold = "sleep" if held else "", 2, held
+    heard = asyncio.Event()
+    told: list[int] = []
+
+    def tell() -> None:
+        told.append(1)
+        heard.set()
+
+    async def main() -> Outcome:
+        relay = Relay("", time.monotonic, connect_timeout_s=60, stall_timeout_s=60, request_timeout_s=60)
+        body = json.dumps({"model": "tiny", "stream": streamed, "messages": []}).encode()
+        exchange = Exchange(
+            request_id="r", path="/v1/chat/completions", body=body, headers={}, stream=streamed,
+            fixed=Fixed("id", 1, 2), deadline=time.monotonic() + 60, sent=0.0,
+            origin=Origin("tiny", "d1", "t1"), heard=tell,
+        )  # fmt: skip
+        asking = asyncio.create_task(relay.begin(node.url, exchange, Kept()))
+        if held:
+            await asyncio.wait_for(heard.wait(), 60)
+            assert not asking.done()
+            node.hold = ""
+        try:
+            return await asking
+        finally:
+            await relay.close()
+
+    assert asyncio.run(main()).kind is Kind.ANSWERED
+    assert len(told) <= 1 and (told or not held)
 
 
 def test_the_body_reaches_the_node_byte_for_byte(two: Two) -> None:

@@ -14,6 +14,7 @@ import pytest
 from llmnode.engine.backend import ABORTED, BAD_BATCH, NO_ROOM, Chunk, FatalEngineError, Room
 from llmnode.engine.fake import END, FakeBackend
 from llmnode.engine.loop import Engine, Limits
+from llmnode.engine.rates import Rate
 from llmnode.engine.types import Ask, Done, Event, Finish, Sampling, Sink, Text
 from llmnode.wire.errors import ContextLengthExceeded, InvalidRequest, Overloaded
 from tests.node.engine_rig import PATIENCE_S, Answer, Steps, Watched, running, until
@@ -456,6 +457,31 @@ def test_stats_show_the_step_that_is_running_and_when_it_should_have_ended() -> 
         answer.wait()
     assert engine.stats().timings.prompt_tokens == 40
     assert engine.stats().timings.completion_tokens == 2
+
+
+def test_the_load_counts_what_comes_while_a_step_runs() -> None:
+    steps = Steps()
+    first, second = Answer(), Answer()
+    with running(FakeBackend(ROOM, step_delay_s=1, sleep=steps.sleep), steps=steps) as engine:
+        engine.submit(Ask(prompt("a" * 40), GREEDY, max_tokens=2), first)
+        steps.begun()
+        load = engine.stats().load
+        assert (load.running, load.waiting, load.queued_prompt_tokens) == (1, 0, 40)
+        engine.submit(Ask(prompt("b" * 30), GREEDY, max_tokens=2), second)
+        load = engine.stats().load
+        assert (load.running, load.waiting, load.queued_prompt_tokens) == (1, 1, 70)
+        steps.free()
+        first.wait()
+        second.wait()
+
+
+def test_the_speed_of_prompts_is_that_of_long_ones() -> None:
+    rate = Rate()
+    for _ in range(20):
+        rate.add(4, 1.0, weight=4)
+    assert rate.per_second == pytest.approx(4)
+    rate.add(100, 1.0, weight=100)
+    assert 70 < rate.per_second < 100  # without weights: 15
 
 
 def test_hundreds_of_random_arrivals_all_end_and_leave_nothing_behind() -> None:
