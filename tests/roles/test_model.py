@@ -439,23 +439,33 @@ def test_a_model_on_the_host_is_checked_and_never_copied(tmp_path: Path) -> None
 
 
 def test_pruning_takes_only_what_nobody_needs(tmp_path: Path) -> None:
-    folder, settings = tmp_path / "models", tmp_path / "settings"
-    folder.mkdir()
-    settings.mkdir()
-    wanted, configured, opened, old = (folder / f"m-{letter * 12}.gguf" for letter in "abcd")
+    folder, settings, kept = tmp_path / "models", tmp_path / "settings", tmp_path / "kept/gpu0/before"
+    for made in (folder, settings, kept):
+        made.mkdir(parents=True)
+    named = [f"{settings}/*.toml", f"{tmp_path}/kept/*/*/settings"]
+    wanted, configured, former, opened, old = (folder / f"m-{letter * 12}.gguf" for letter in "abcdf")
     split = [folder / f"s-{'e' * 12}-0000{number}-of-00002.gguf" for number in (1, 2)]
     foreign = folder / "notes.gguf"
-    for path in (wanted, configured, opened, old, foreign, *split, Path(f"{old}.stamp"), folder / ".m-1.part"):
+    for path in (wanted, configured, former, opened, old, foreign, *split, Path(f"{old}.stamp"), folder / ".m-1.part"):
         path.write_bytes(b"x")
     (settings / "gpu0.toml").write_text(f'model = "{configured}"\nother = "{split[0]}"\n')
+    (kept / "settings").write_text(f'model = "{former}"\n')  # what a rollback goes to
     with opened.open():
-        planned = placement.prune(str(folder), [str(wanted)], str(settings), check=True)
+        planned = placement.prune(str(folder), [str(wanted)], named, check=True)
         assert old.exists() and planned["changed"]
-        done = placement.prune(str(folder), [str(wanted)], str(settings))
+        done = placement.prune(str(folder), [str(wanted)], named)
     assert done == planned
     assert set(done["removed"]) == {str(old), f"{old}.stamp", str(folder / ".m-1.part")}
-    assert all(path.exists() for path in (wanted, configured, opened, foreign, *split)) and not old.exists()
-    assert not placement.prune(str(folder), [str(wanted), str(opened)], str(settings))["changed"]
+    assert all(path.exists() for path in (wanted, configured, former, opened, foreign, *split)) and not old.exists()
+    assert not placement.prune(str(folder), [str(wanted), str(opened)], named)["changed"]
+
+
+def test_pruning_reads_the_settings_of_instances_and_those_of_their_rollbacks() -> None:
+    patterns = re.findall(r"'(/[^']+)'", (ROOT / "roles/llmrack_model/tasks/prune.yml").read_text())
+    instance = load("llmrack_orchestrate", "instance")
+    kept = [instance._kept(Path("/"), "gpu0", which) / "settings" for which in ("before", "undo")]
+    for path in (instance._places(Path("/"), "gpu0")["settings"], *kept):
+        assert any(path.match(pattern) for pattern in patterns), path
 
 
 # ------------------------------------------------------------------------------------------------ the playbook

@@ -418,13 +418,13 @@ class _Handler(http.server.BaseHTTPRequestHandler):
 # ---------------------------------------------------------------------------------------------------- pruning
 
 
-def prune(folder: str, keep: list[str], settings: str, check: bool = False) -> dict[str, Any]:
+def prune(folder: str, keep: list[str], settings: list[str], check: bool = False) -> dict[str, Any]:
     """Remove model files that nobody needs, with their stamps, and broken-off transfers: {"removed", "changed"}.
 
-    Kept are the paths in `keep`, those that a file of settings names (an instance may be restarted with them), and
-    those that a process has open or mapped.
+    Kept are the paths in `keep`, those that a file matching one of the patterns `settings` names (an instance may be
+    restarted with it, or rolled back to it), and those that a process has open or mapped.
     """
-    named = "".join(path.read_text() for path in sorted(Path(settings).glob("*.toml"))) if settings else ""
+    named = "".join(path.read_text() for pattern in settings for path in sorted(Path("/").glob(pattern.lstrip("/"))))
     used = _in_use()
     doomed = []
     for path in sorted(Path(folder).iterdir()):
