@@ -167,6 +167,24 @@ def test_a_build_host_collects_the_release_for_the_others(module: ModuleType, pr
     assert other != first
 
 
+def test_a_release_is_packed_once_and_whole(tmp_path: Path) -> None:
+    wheels = tmp_path / "wheels"
+    wheels.mkdir()
+    (wheels / "a.whl").write_text("a wheel")
+    (wheels / "release.tar.part").write_text("what an interrupted play has left")
+    given = {"llmrack_artifacts_packer": "localhost", "llmrack_artifacts_folder": str(wheels),
+             "ansible_python_interpreter": sys.executable}  # fmt: skip
+    tasks = [{"import_role": {"name": "llmrack_artifacts", "tasks_from": "pack"}, "vars": given}]
+    (tmp_path / "play.yml").write_text(json.dumps([{"hosts": "localhost", "gather_facts": False, "tasks": tasks}]))
+    command = [str(Path(sys.executable).with_name("ansible-playbook")), "-i", "localhost,", "-c", "local"]
+    for changed in (1, 0):
+        done = subprocess.run([*command, tmp_path / "play.yml"], cwd=ROOT, capture_output=True, text=True, timeout=250)
+        assert f"changed={changed} " in done.stdout and done.returncode == 0, done.stdout + done.stderr
+    with tarfile.open(wheels / "release.tar") as archive:
+        assert sorted(archive.getnames()) == [".", "./a.whl"]
+    assert not (wheels / "release.tar.part").exists()
+
+
 def compiled(source: str, path: Path, *flags: str) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     command = ["cc", "-shared", "-fPIC", "-x", "c", "-", f"-Wl,-soname,{path.name}", *flags]
