@@ -42,7 +42,15 @@ from llmgate.listing import Listing
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
-from llmgate.settings import Settings, door_context, is_loopback, node_context, read_nodes, state_dir
+from llmgate.settings import (
+    Settings,
+    certificate_ends,
+    door_context,
+    is_loopback,
+    node_context,
+    read_nodes,
+    state_dir,
+)
 from llmgate.waiting import Waiting
 from llmnode.service.connection import Connection
 from llmnode.service.settings import Loaded, SettingError
@@ -81,6 +89,7 @@ class Gate:
             request_timeout_s=settings.request_timeout_s,
             context=node_context(settings),
         )
+        self._context = door_context(settings)
         self._prober = Prober(
             lambda: self._view.fleet,
             self._view.apply,
@@ -94,7 +103,12 @@ class Gate:
         part = math.ceil(settings.queue_limit / settings.workers)
         self._waiting = Waiting(self._view, self._clock, limit=part, beat_s=KEEPALIVE_S)
         self._metrics = Metrics(
-            lambda: self._view.fleet, self._waiting.lengths, self._clock, settings.stale_after_s, self._figures
+            lambda: self._view.fleet,
+            self._waiting.lengths,
+            self._clock,
+            settings.stale_after_s,
+            self._figures,
+            certificate_ends(settings, self._context),
         )
         self._request_log = RequestLog(settings.request_log)
 
@@ -147,7 +161,7 @@ class Gate:
         # Routes are finished by startup(), so no connection is taken before it.
         server = await app.create_server(
             sock=sock,
-            ssl=door_context(self._settings),
+            ssl=self._context,
             protocol=Connection,
             access_log=False,
             backlog=BACKLOG,

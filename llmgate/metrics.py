@@ -42,9 +42,10 @@ class Metrics:
         clock: Callable[[], float],
         stale_after_s: float,
         figures: Figures | None = None,
+        certificate_ends: Mapping[str, float | None] | None = None,
     ) -> None:
         """`waiting`: how many requests wait for a node, by model. With `figures`, /metrics shows what all workers have
-        counted together."""
+        counted together. `certificate_ends`: whom this gate shows a certificate -> when that ends, in Unix time."""
         self._fleet, self._waiting, self._figures = fleet, waiting, figures
         self.registry = CollectorRegistry()
         self.requests = Counter("llmgate_requests", "Requests answered", ["model", "status"], registry=self.registry)
@@ -109,7 +110,7 @@ class Metrics:
             ["model", "reason"],
             registry=self.registry,
         )
-        self._gauges = _FleetGauges(fleet, self.in_flight, self.waiting, clock, stale_after_s)
+        self._gauges = _Gauges(fleet, self.in_flight, self.waiting, clock, stale_after_s, certificate_ends or {})
 
     def text(self) -> bytes:
         """The scrape, in Prometheus' text format."""
@@ -136,7 +137,7 @@ class Metrics:
             self._figures.publish({_IN_FLIGHT: running, _QUEUE_LENGTH: dict(self._waiting())})
 
 
-class _FleetGauges:
+class _Gauges:
     def __init__(
         self,
         fleet: Callable[[], Fleet],
@@ -144,9 +145,11 @@ class _FleetGauges:
         waiting: Callable[[], Mapping[str, int]],
         clock: Callable[[], float],
         stale_after_s: float,
+        certificate_ends: Mapping[str, float | None],
     ) -> None:
         self._fleet, self._in_flight, self._waiting = fleet, in_flight, waiting
         self._clock, self._stale_after_s = clock, stale_after_s
+        self._certificate_ends = certificate_ends
 
     def describe(self) -> list[Metric]:
         """Nothing to check against: the registry would otherwise collect once to find out."""
@@ -177,6 +180,13 @@ class _FleetGauges:
         queue = GaugeMetricFamily(_QUEUE_LENGTH, "Requests that wait for a node with room", labels=["model"])
         for model, length in self._waiting().items():
             queue.add_metric([model], length)
+        certificates = GaugeMetricFamily(
+            "llmgate_certificate_end_seconds", "When the certificate shown to them ends, in Unix time", labels=["to"]
+        )
+        for to, moment in self._certificate_ends.items():
+            if moment is not None:
+                certificates.add_metric([to], moment)
+        yield certificates
         yield usable
         yield in_flight
         yield queue

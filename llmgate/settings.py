@@ -121,6 +121,13 @@ def door_context(settings: Settings) -> ssl.SSLContext | None:
     return tls.server(tls.Files(settings.tls_cert_file, settings.tls_key_file))
 
 
+def certificate_ends(settings: Settings, door: ssl.SSLContext | None) -> dict[str, float | None]:
+    """When the certificates end that the gate shows to clients, with the context `door`, and to nodes: Unix times, None
+    where it shows none. Raises SettingError."""
+    own = tls.Files(settings.node_cert_file, settings.node_key_file)
+    return {"clients": tls.end(door), "nodes": tls.end(tls.server(own))}
+
+
 def node_context(settings: Settings) -> ssl.SSLContext | None:
     """What the gate connects to https:// nodes with; None for the system's authorities. Raises SettingError."""
     return tls.client(tls.Files(settings.node_cert_file, settings.node_key_file, settings.node_ca_file))

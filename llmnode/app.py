@@ -293,6 +293,7 @@ class Life:
         self._serving = serving
         self._notifier = notifier
         self._context = context
+        serving.certificate_end = tls.end(context)
         self._template = template
         self._stopping: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -388,6 +389,7 @@ class Life:
         except SettingError as error:
             log.error("keeping the old certificate: %s", error)
         else:
+            self._serving.certificate_end = tls.end(self._context)
             log.info("certificate read again: %s", settings.tls_cert_file)
 
     # The end

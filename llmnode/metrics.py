@@ -58,7 +58,8 @@ class HostProbe:
 
 class Metrics:
     """The counters of the door. `stats` gives the engine's snapshot, None while there is no engine; `reported` how many
-    hashes of prefixes the last report had; `gpus` how many GPUs the model is on."""
+    hashes of prefixes the last report had; `gpus` how many GPUs the model is on; `certificate_end` when the certificate
+    that is served ends, in Unix time, None without TLS."""
 
     def __init__(
         self,
@@ -67,10 +68,11 @@ class Metrics:
         clock: Callable[[], float] = time.monotonic,
         reported: Callable[[], float] = lambda: 0,
         gpus: Callable[[], float] = lambda: 0,
+        certificate_end: Callable[[], float | None] = lambda: None,
     ) -> None:
         self._clock = clock
         self._registry = CollectorRegistry()
-        self._registry.register(_Snapshots(stats, probe, clock, gpus))
+        self._registry.register(_Snapshots(stats, probe, clock, gpus, certificate_end))
         self.requests = Counter(
             "llmnode_requests", "Requests answered, by route and status", ("route", "status"), registry=self._registry
         )
@@ -167,7 +169,7 @@ def total(choices: Sequence[Usage]) -> Usage:
 
 
 class _Snapshots(Collector):
-    """The engine's and the host's own figures, read when they are asked for."""
+    """The engine's, the host's and the certificate's own figures, read when they are asked for."""
 
     def __init__(
         self,
@@ -175,11 +177,13 @@ class _Snapshots(Collector):
         probe: HostProbe,
         clock: Callable[[], float],
         gpus: Callable[[], float],
+        certificate_end: Callable[[], float | None],
     ) -> None:
         self._stats = stats
         self._probe = probe
         self._clock = clock
         self._gpus = gpus
+        self._certificate_end = certificate_end
 
     def collect(self) -> Iterator[Metric]:
         host = self._probe.read()
@@ -187,6 +191,9 @@ class _Snapshots(Collector):
         yield _gauge("llmnode_host_memory_bytes", "Memory of the host", host.memory_total_bytes)
         yield _gauge("llmnode_host_memory_available_bytes", "Memory that is free to use", host.memory_available_bytes)
         yield _gauge("llmnode_process_resident_memory_bytes", "Memory of this process", host.process_rss_bytes)
+        end = self._certificate_end()
+        if end is not None:
+            yield _gauge("llmnode_certificate_end_seconds", "When the certificate ends, in Unix time", end)
         stats = self._stats()
         if stats is None:
             return

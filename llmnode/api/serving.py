@@ -108,6 +108,7 @@ class Serving:
         self.why = ""
         self.progress = 0.0
         self.served: Served | None = None
+        self.certificate_end: float | None = None
         self.probe = HostProbe(clock=clock)
         self.residency = Residency()
         self.metrics = Metrics(
@@ -116,6 +117,7 @@ class Serving:
             clock,
             reported=lambda: self.residency.reported,
             gpus=lambda: len(self.served.backend.devices) if self.served else 0,
+            certificate_end=lambda: self.certificate_end,
         )
         self._executor = executor
         self._busy = 0

@@ -6,11 +6,15 @@ listens, who calls, and where the files come from. Errors name the file, never w
 
 from __future__ import annotations
 
+import contextlib
 import ssl
 from dataclasses import dataclass
 from pathlib import Path
 
 from llmnode.service.settings import SettingError, show
+
+_NO_CHECK_TIME = 0x200000
+"""OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which the ssl module has no name."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +53,31 @@ def renew(context: ssl.SSLContext, files: Files) -> None:
             _believe(draft, files.authority, "tls_client_ca_file")
 
 
+def end(context: ssl.SSLContext | None) -> float | None:
+    """When the certificate that a server's context shows ends or has ended, in Unix time (its notAfter).
+
+    None without a context, and for a certificate that no client would take, e.g. one that is for clients only. The
+    context itself is asked, so this is what is served, whatever has become of the file. That takes two handshakes in
+    memory: the ssl module tells fields of a certificate only to who believes in it, and the first one fetches it.
+    """
+    if context is None:
+        return None
+    stranger, believer = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT), ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    for guest in (stranger, believer):
+        guest.check_hostname = False
+        # There a client sees the certificate before it is asked for its own.
+        guest.minimum_version = ssl.TLSVersion.TLSv1_3
+    stranger.verify_mode = ssl.CERT_NONE
+    believer.verify_flags |= ssl.VERIFY_X509_PARTIAL_CHAIN | _NO_CHECK_TIME
+    try:
+        believer.load_verify_locations(cadata=_greeted(context, stranger).getpeercert(binary_form=True))
+        told = _greeted(context, believer).getpeercert()
+    except (ssl.SSLError, ValueError):
+        return None
+    assert told is not None, "the handshake has verified it"
+    return float(ssl.cert_time_to_seconds(str(told["notAfter"])))
+
+
 def client(files: Files) -> ssl.SSLContext | None:
     """What a client connects with; None when it has nothing of its own to show or to believe, which is the system's
     authorities and no certificate. Raises SettingError."""
@@ -62,6 +91,17 @@ def client(files: Files) -> ssl.SSLContext | None:
     if files.certificate is not None or files.key is not None:
         _own(context, files, "node_cert_file", "node_key_file")
     return context
+
+
+def _greeted(context: ssl.SSLContext, guest: ssl.SSLContext) -> ssl.SSLObject:
+    """The end of a client with the context `guest`, connected to a server with `context` within memory."""
+    asked, answered = ssl.MemoryBIO(), ssl.MemoryBIO()
+    near = guest.wrap_bio(answered, asked)
+    far = context.wrap_bio(asked, answered, server_side=True)
+    for side in (near, far, near):
+        with contextlib.suppress(ssl.SSLWantReadError):
+            side.do_handshake()
+    return near
 
 
 def _own(context: ssl.SSLContext, files: Files, certificate: str, key: str) -> None:

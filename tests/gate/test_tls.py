@@ -8,7 +8,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.certificates import Authority, Pair, served
+from tests.certificates import Authority, Pair, served, told_ends
 from tests.conftest import Start
 from tests.processes import Program, free_port, wait_for
 
@@ -48,6 +48,10 @@ class Fleet:
         assert self.gate.process.poll() is None, self.gate.output()
         answer = self.gate.get(path, verify=self.context)
         return answer is not None and answer.status_code == 200
+
+    def ends(self) -> dict[str, float]:
+        """When the certificates end that the gate shows, by its own account."""
+        return told_ends(httpx.get(self.gate.url + "/metrics", verify=self.context, timeout=10).text)
 
     def ready(self) -> None:
         wait_for(lambda: self.answers("/ready"), "the gate's /ready")
@@ -90,18 +94,20 @@ def test_a_reload_takes_new_certificates_on_both_sides_and_cuts_no_stream(fleet:
     gate = fleet.run(node(fleet.start, fleet.internal, fleet.internal.issue("node")))
     fleet.ready()
     first = fleet.door.der()
+    assert fleet.ends() == {"clients": fleet.door.end(), "nodes": fleet.own.end()}
     body = {**CHAT, "ignore_eos": True, "max_tokens": 200}
     url = gate.url + "/v1/chat/completions"
     with httpx.stream("POST", url, json=body, verify=fleet.context, timeout=60) as stream:
         pieces = stream.iter_text()
         next(pieces)
-        fleet.public.issue("door")
-        fleet.internal.issue("gate")
+        fleet.public.issue("door", days=2)
+        fleet.internal.issue("gate", days=3)
         gate.signal(signal.SIGHUP)
         wait_for(lambda: served(gate.port, fleet.context) == fleet.door.der() != first, "the new certificate")
         assert "".join(pieces).endswith("data: [DONE]\n\n")
     answer = httpx.post(url, json=CHAT, verify=fleet.context, timeout=60)
     assert answer.status_code == 200 and answer.text.endswith("data: [DONE]\n\n")
+    assert fleet.ends() == {"clients": fleet.door.end(), "nodes": fleet.own.end()}
 
 
 def test_a_reload_of_a_key_that_does_not_fit_is_refused_and_nothing_changes(fleet: Fleet) -> None:

@@ -53,7 +53,7 @@ def exposed(text: bytes) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 def node_page(stats: Stats | None = None) -> bytes:
-    metrics = Metrics(lambda: stats, HostProbe(), Clock())
+    metrics = Metrics(lambda: stats, HostProbe(), Clock(), certificate_end=lambda: 1.0)
     metrics.requests.labels("/v1/models", "200").inc()
     metrics.request_seconds.labels("/v1/models").observe(1)
     meter = metrics.meter()
@@ -64,7 +64,7 @@ def node_page(stats: Stats | None = None) -> bytes:
 
 def gate_page() -> bytes:
     fleet = Fleet().apply(Listed((Address("a", "http://a"),)))
-    metrics = GateMetrics(lambda: fleet, lambda: {"tiny": 1}, lambda: 0.0, 3.0)
+    metrics = GateMetrics(lambda: fleet, lambda: {"tiny": 1}, lambda: 0.0, 3.0, certificate_ends={"clients": 1.0})
     for metric in vars(metrics).values():
         if isinstance(metric, MetricWrapperBase):
             metric.labels(*["x"] * len(metric._labelnames))

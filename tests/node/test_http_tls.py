@@ -9,7 +9,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from tests.certificates import Authority, Pair, served
+from tests.certificates import Authority, Pair, served, told_ends
 from tests.conftest import Start
 from tests.processes import Program, wait_for
 
@@ -19,6 +19,10 @@ CHAT = {"messages": [{"role": "user", "content": "Hello"}], "max_tokens": 16, "s
 def flags(own: Pair, clients: Authority | None = None) -> list[str]:
     asked = ["--tls-client-ca-file", str(clients.file)] if clients else []
     return ["--backend", "fake", "--tls-cert-file", str(own.certificate), "--tls-key-file", str(own.key), *asked]
+
+
+def ends(node: Program, context: ssl.SSLContext) -> dict[str, float]:
+    return told_ends(httpx.get(node.url + "/metrics", verify=context, timeout=10).text)
 
 
 def ready(node: Program, context: ssl.SSLContext) -> Program:
@@ -57,15 +61,33 @@ def test_a_reload_takes_a_new_certificate_and_cuts_no_stream(start: Start, tmp_p
     node = ready(start("llmnode", *flags(own), "--fake-step-delay-s", "0.02"), context)
     first = own.der()
     assert served(node.port, context) == first
+    assert ends(node, context) == {"": own.end()}
 
     body = {**CHAT, "ignore_eos": True, "max_tokens": 200}
     with httpx.stream("POST", node.url + "/v1/chat/completions", json=body, verify=context, timeout=60) as stream:
         pieces = stream.iter_text()
         next(pieces)
-        fleet.issue("node")
+        fleet.issue("node", days=2)
+        assert ends(node, context) != {"": own.end()}, "what is served counts, not what lies in the file"
         node.signal(signal.SIGHUP)
         wait_for(lambda: served(node.port, context) == own.der() != first, "the new certificate")
         assert "".join(pieces).endswith("data: [DONE]\n\n")
+    assert ends(node, context) == {"": own.end()}
+
+
+def test_a_node_with_mutual_tls_tells_when_its_certificate_ends_also_when_it_has(start: Start, tmp_path: Path) -> None:
+    fleet = Authority(tmp_path)
+    gate = fleet.client(fleet.issue("gate"))
+    gate.verify_flags |= 0x200000  # X509_V_FLAG_NO_CHECK_TIME
+    own = fleet.issue("node", days=-1)
+    node = ready(start("llmnode", *flags(own, fleet)), gate)
+    assert ends(node, gate) == {"": own.end()}
+
+
+def test_a_node_without_tls_tells_of_no_certificate(start: Start) -> None:
+    node = start("llmnode", "--backend", "fake")
+    wait_for(lambda: node.get("/health") is not None, "the node")
+    assert told_ends(httpx.get(node.url + "/metrics", timeout=10).text) == {}
 
 
 def test_a_reload_of_a_pair_that_does_not_fit_keeps_the_old_one(start: Start, tmp_path: Path) -> None:
