@@ -5,6 +5,7 @@ from __future__ import annotations
 import fnmatch
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -23,12 +24,17 @@ OURS = (
     "/etc/systemd/system/llmrack.slice",
     "/etc/sysctl.d/60-llmrack.conf",
     "/etc/apt/sources.list.d/llmrack.sources",
+    "/etc/prometheus/llmrack-alerts.yml",
     "/etc/llmrack/tls/host.key",
     "/opt/llmrack/releases/1/bin/llmnode",
     "/var/lib/llmrack/llmgate/llmgate.db",
     "/srv/llmrack/models/m.gguf",
 )
+SIGNED = ("/etc/prometheus/prometheus.yml", "/etc/default/prometheus", "/etc/default/llmrack-exporter")
 THEIRS = (
+    "/etc/prometheus/other-rules.yml",
+    "/etc/default/prometheus-node-exporter",
+    "/var/lib/prometheus/wal",
     "/etc/systemd/system/llmnode@b.service.d/override.conf",
     "/etc/systemd/system/nginx.service",
     "/etc/sysctl.d/60-other.conf",
@@ -45,10 +51,10 @@ def no_units(_pattern: str) -> list[str]:
 
 @pytest.fixture
 def root(tmp_path: Path) -> Path:
-    for name in (*OURS, *THEIRS):
+    for name in (*OURS, *SIGNED, *THEIRS):
         path = tmp_path / name[1:]
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.touch()
+        path.write_text(f"# {remnants.SIGNATURE}.\n" if name in SIGNED else "")
     return tmp_path
 
 
@@ -90,6 +96,29 @@ def test_the_gate_goes_before_the_nodes_and_both_before_their_slice(root: Path) 
     ]  # fmt: skip
 
 
+def test_what_watched_it_is_stopped_where_the_role_has_set_it_up_and_left_to_its_owner_where_not(root: Path) -> None:
+    watching = ["prometheus.service", "prometheus-node-exporter.service"]
+
+    def found() -> dict[str, Any]:
+        listed = remnants.remnants(
+            root, lambda pattern: fnmatch.filter(watching, pattern), True, data=False, models=False
+        )
+        return dict(listed)
+
+    assert found()["units"] == watching
+    (root / "etc/default/llmrack-exporter").unlink()
+    for name in SIGNED[:2]:
+        (root / name[1:]).write_text("# The operator's own.\n")
+    assert found()["units"] == []
+    assert not {*SIGNED} & {*found()["paths"]}
+
+
+def test_the_role_signs_what_makes_its_watchers_known() -> None:
+    role = ROOT / "roles/llmrack_monitoring"
+    texts = [path.read_text() for path in (*role.glob("tasks/*.yml"), *role.glob("templates/*"))]
+    assert sum(text.count(remnants.SIGNATURE) for text in texts) == len(remnants.WATCHERS)
+
+
 def test_nothing_is_named_on_a_host_that_has_nothing(tmp_path: Path) -> None:
     found = remnants.remnants(tmp_path, no_units, False, data=True, models=True)
     assert found == {"units": [], "paths": [], "account": False, "kept": []}
@@ -97,13 +126,11 @@ def test_nothing_is_named_on_a_host_that_has_nothing(tmp_path: Path) -> None:
 
 def test_every_path_that_a_role_writes_is_known_here() -> None:
     """A role that learns to write somewhere else must teach this one."""
-    known = [*remnants.PATHS, *remnants.DROPINS, remnants.STATE, remnants.MODELS]
+    known = [*remnants.PATHS, *remnants.WATCHERS, *remnants.DROPINS, remnants.STATE, remnants.MODELS]
     written = {f"/etc/systemd/system/{unit.stem}" for unit in ROOT.glob("roles/*/templates/*.*.j2") if is_unit(unit)}
     for file in ROOT.glob("roles/*/tasks/*.yml"):
-        if file.parts[-3] == "llmrack_monitoring":
-            continue  # it sets up the distribution's own programs, on hosts of their own
         text = re.sub(r"{{.*?}}", "x", file.read_text())
-        written |= set(re.findall(r"(?:dest|path): [\"']?(/[a-z][^\s\"',}]*)", text))
+        written |= set(re.findall(r"(?:dest|path): [\"']?(/(?!usr/)[a-z][^\s\"',}]*)", text))
     assert len(written) > 15
     for path in written - {"/etc/systemd/system/x"}:
         assert any(fnmatch.fnmatch(path, f"{one}*") for one in known), f"{path} is written and never removed"

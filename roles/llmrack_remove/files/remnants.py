@@ -4,8 +4,9 @@
     remnants.py [--data] [--models]        prints {"units", "paths", "account", "kept"} as JSON
 
 Owns the list of everything that the roles put on a host. Changes nothing. units: those that run or start at boot, doors
-before what they lead to. paths: what there is of ours. account: whether the service user goes. kept: what stays. The
-user stays with the state, whose files are its own: the next user of the system with that number could read them.
+before what they lead to, those that only watch last. paths: what there is of ours. account: whether the service user
+goes. kept: what stays. The user stays with the state, whose files are its own: the next user of the system with that
+number could read them.
 """
 
 from __future__ import annotations
@@ -37,9 +38,17 @@ PATHS = (
     "/etc/sysctl.d/60-llmrack.conf",
     "/etc/apt/sources.list.d/llmrack.sources",
     "/etc/yum.repos.d/llmrack.repo",
+    "/etc/prometheus/llmrack-alerts.yml",
     "/etc/llmrack",
     "/opt/llmrack",
 )
+WATCHERS = {
+    "/etc/prometheus/prometheus.yml": "prometheus.service",
+    "/etc/default/prometheus": "prometheus.service",
+    "/etc/default/llmrack-exporter": "prometheus-node-exporter.service",
+}
+"""Units of the distribution that run for llmrack where one of these files is signed by the role that writes it."""
+SIGNATURE = "Written by Ansible (role llmrack_monitoring)"
 STATE = "/var/lib/llmrack"
 MODELS = "/srv/llmrack"
 DROPINS = ("/etc/systemd/system/llmnode@*.service.d", "/etc/systemd/system/llmgate.*.d")
@@ -59,7 +68,10 @@ def remnants(
         paths += [] if theirs else [folder]
     for place, goes in ((STATE, data), (MODELS, models)):
         (paths if goes else kept).extend(_found(root, place))
-    units = [unit for pattern in UNITS for unit in list_units(pattern)]
+    signed = [path for path in WATCHERS if _found(root, path) and SIGNATURE in (root / path[1:]).read_text()]
+    paths += signed
+    watchers = dict.fromkeys(WATCHERS[path] for path in signed)
+    units = [unit for pattern in (*UNITS, *watchers) for unit in list_units(pattern)]
     return {"units": units, "paths": paths, "account": account and STATE not in kept, "kept": kept}
 
 
