@@ -543,7 +543,7 @@ def fetch(*arguments: str) -> str:
     return done.stdout.strip()
 
 
-def main(arguments: Sequence[str]) -> int:
+def command_line() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(prog="lab.py", description="Three real systemd hosts, without a way out.")
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     commands.add_parser("prepare", help="install the system packages that the lab needs (Debian, Ubuntu)")
@@ -560,6 +560,11 @@ def main(arguments: Sequence[str]) -> int:
     for name in ("off", "on"):
         power = commands.add_parser(name, help=f"power one host {name}")
         power.add_argument("host", choices=ADDRESSES)
+    return parser
+
+
+def main(arguments: Sequence[str]) -> int:
+    parser = command_line()
     given, further = parser.parse_known_args(arguments)
     if further and given.command != "deploy":
         parser.error(f"unknown arguments: {' '.join(further)}")
