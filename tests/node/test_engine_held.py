@@ -106,14 +106,17 @@ def test_one_that_follows_another_holds_nothing_until_it_shares() -> None:
         engine.submit(ask(1, answer=50), first)
         steps.begun()
         engine.submit(follower, second)
+        assert engine.stats().held == ()
+        assert engine.stats().load.queued_prompt_tokens == 200 + 203
         steps.allow()
         steps.begun()
-        assert engine.stats().held == (("ask 1", 64),)
-        # The prompt that both have is to be computed once.
-        assert engine.stats().load.queued_prompt_tokens == 200 - 64 + 203
-        steps.allow()
-        steps.begun()
+        assert engine.stats().held == (("follower", 64), ("ask 1", 64))
         assert engine.stats().load.running == 2
+        # The prompt that both have is to be computed once.
+        assert engine.stats().load.queued_prompt_tokens == 200 - 64 + 3
+        steps.allow()
+        steps.begun()
+        assert engine.stats().held == (("follower", 64), ("ask 1", 128))
         assert engine.stats().load.queued_prompt_tokens == 200 - 128 + 3
         for _ in range(3):
             steps.allow()
@@ -184,10 +187,13 @@ def test_everything_that_is_still_to_be_prefilled_is_counted() -> None:
         steps.begun()
         for seed in (2, 3, 4):
             engine.submit(ask(seed, length=100), answers[seed - 1])
+        load = engine.stats().load
+        assert (load.running, load.waiting) == (1, 3)
+        assert load.queued_prompt_tokens == 200 + 3 * 100
         steps.allow()
         steps.begun()
         load = engine.stats().load
-        assert (load.running, load.waiting) == (1, 3), "the snapshot is of the first step's end"
+        assert (load.running, load.waiting) == (2, 2)
         assert load.queued_prompt_tokens == 200 - 64 + 3 * 100
         steps.allow()
         steps.begun()
