@@ -78,9 +78,9 @@ lab-up: $(STAMPS)/all ## boot three systemd hosts in containers (root)
 lab-deploy: $(STAMPS)/all ## deploy llmrack on the lab's hosts, over SSH
 	@$(LAB) deploy
 
-lab-full: $(STAMPS)/all ## every test on the lab's hosts, also those that take long (root)
+lab-full: $(STAMPS)/all ## every test on the lab's hosts, and all that take long (root)
 	@$(LAB) prepare
-	@$(BIN)/python -m pytest -m lab tests/lab
+	@$(BIN)/python -m pytest -m "lab or full"
 
 lab-down: $(STAMPS)/all ## remove the lab's hosts
 	@$(LAB) down

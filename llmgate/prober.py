@@ -49,6 +49,7 @@ class Prober:
         self._tasks: dict[tuple[str, str], asyncio.Task[None]] = {}
         self._etags: dict[str, str] = {}
         self._said: dict[str, tuple[str, bool, bool]] = {}
+        self._causes: dict[str, set[str]] = {}
 
     def follow(self) -> None:
         """Poll the nodes that are listed now: start what is new, end what is gone. Needs a running loop."""
@@ -57,6 +58,7 @@ class Prober:
             self._tasks.pop(key).cancel()
             self._etags.pop(key[0], None)
             self._said.pop(key[0], None)
+            self._causes.pop(key[0], None)
         for name, url in sorted(wanted - set(self._tasks)):
             self._tasks[name, url] = asyncio.create_task(self._poll_on(name, url), name=f"poll {name}")
 
@@ -120,7 +122,10 @@ class Prober:
         return Reported(node.name, report, now)
 
     def say(self, name: str) -> None:
-        """Log a node's standing when it has changed. Of a node on trial only the trial itself, not each request."""
+        """Log a node's standing when it has changed. Of a node on trial only the trial itself, not each request.
+
+        While a node cannot be reached, each cause is logged once: behind the first that is mended may stand another.
+        """
         node = self._fleet().nodes.get(name)
         if node is None:
             return
@@ -129,6 +134,12 @@ class Prober:
         slow = standing.full and node.health.at(now).state is Condition.SLOW_START
         trial = standing.state == "half-open" and not node.lease
         said, self._said[name] = self._said.get(name), (standing.state, standing.usable or trial, slow)
+        causes = self._causes.setdefault(name, set())
+        if standing.state != "unreachable":
+            causes.clear()
+        elif standing.why not in causes:
+            causes.add(standing.why)
+            said = None
         if said == self._said[name]:
             return
         if trial:

@@ -151,7 +151,7 @@ class Health:
     """A node's state and what led there.
 
     since: when the state began; None before the first signal.    until: when it ends by itself; None: it does not.
-    heard: the last sign of life, a report or an answered request.   why: what led to a state without work.
+    heard: the last sign of life, a report or an answered request.   why: what led to a state without work, or keeps it.
     missed: polls without a report since then.     failures: requests that failed since one was answered.
     recent: outcomes that count towards the rate, oldest first: (when, answered).
     level: doublings of the next ejection; 0 for a clean record.     eased: when the level was last lowered.
@@ -185,7 +185,8 @@ class Health:
         if signal is Signal.RENEWED:
             return Health(state, now, counts_from=turns + 1)
         if state is counted.state:
-            return counted
+            unheard = state is Condition.UNREACHABLE and signal in (Signal.MISSED, Signal.GONE)
+            return dataclasses.replace(counted, why=why) if unheard and why else counted
         return counted._enter(state, now, rules, turns, why)
 
     def would_trip(self, now: float, rules: Rules) -> bool:

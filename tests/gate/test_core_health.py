@@ -171,6 +171,13 @@ def test_a_missed_poll_is_forgiven_to_a_node_that_answers_and_a_refused_one_is_n
         assert alive.missed == 1 < MISSES
 
 
+def test_a_node_that_stays_unreachable_says_why_it_is_so_now() -> None:
+    gone = UP.after(Signal.GONE, 1.0, RULES, why="connection refused")
+    strange = gone.after(Signal.MISSED, 2.0, RULES, why="its certificate is not good")
+    assert (strange.state, strange.why, strange.since) == (gone.state, "its certificate is not good", 1.0)
+    assert strange.after(Signal.FAILED, 3.0, RULES, why="an answer broke off").why == strange.why
+
+
 def test_another_process_starts_with_a_clean_record() -> None:
     new = EJECTED.after(Signal.RENEWED, 2.0, RULES, turns=7)
     assert new == Health(Condition.JOINING, since=2.0, counts_from=8)

@@ -1,4 +1,4 @@
-"""Whoever polls nodes stops when told to, whatever the library beneath does."""
+"""Whoever polls nodes stops when told to, whatever the library beneath does, and says what is wrong with them."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import time
 
 import pytest
 
-from llmgate.core.fleet import Address, Listed, View
+from llmgate.core.fleet import Address, Listed, Lost, View
 from llmgate.prober import Prober
 
 
@@ -47,3 +47,21 @@ def test_polling_ends_although_its_cancellation_is_swallowed(gone: str) -> None:
 
     asyncio.run(run())
     assert (polls, swallowed) == (1, 1)
+
+
+def test_each_cause_of_a_node_that_cannot_be_reached_is_logged_once(caplog: pytest.LogCaptureFixture) -> None:
+    view = View()
+    view.apply(Listed((Address("a", "http://a"),)))
+    prober = Prober(
+        lambda: view.fleet, view.apply, _nobody, time.monotonic, lambda: 0.5, interval_s=0.001, stale_after_s=5
+    )
+    refused, strange = "connection refused", "its certificate is not good"
+    for why in (refused, refused, strange, refused, strange):
+        view.apply(Lost("a", why, time.monotonic()))
+        prober.say("a")
+    said = "node a takes no work: unreachable ({})"
+    assert [record.getMessage() for record in caplog.records] == [said.format(refused), said.format(strange)]
+
+
+async def _nobody(base: str, path: str, *, etag: str, timeout_s: float) -> tuple[int, str, bytes]:
+    raise AssertionError("nothing is polled here")

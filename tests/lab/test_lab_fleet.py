@@ -140,6 +140,7 @@ def test_a_second_deployment_changes_nothing_and_a_drop_in_of_the_operators_surv
     on("lab2", f"rm {dropin} && systemctl daemon-reload")
 
 
+@pytest.mark.full
 def test_check_mode_works_on_a_deployed_fleet(fleet: Fleet) -> None:
     assert changes(deploy("--check", "--diff")) == {"lab1": 0, "lab2": 0, "lab3": 0}
 
