@@ -145,6 +145,7 @@ def test_check_mode_works_on_a_deployed_fleet(fleet: Fleet) -> None:
     assert changes(deploy("--check", "--diff")) == {"lab1": 0, "lab2": 0, "lab3": 0}
 
 
+@pytest.mark.full
 def test_a_limited_deployment_does_not_shorten_the_gates_list(fleet: Fleet) -> None:
     assert changes(deploy("--limit", "lab1"))["lab1"] == 0
     assert set(fleet.nodes()) == set(NODES)
@@ -234,6 +235,7 @@ def test_an_upgrade_and_its_rollback_are_not_noticed_by_who_asks_meanwhile(fleet
     assert all(node["lease"] is None for node in after.values())
 
 
+@pytest.mark.full
 def test_the_gate_is_reloaded_and_restarted_while_requests_are_answered(fleet: Fleet) -> None:
     wait_for(fleet.all_usable, "both nodes to be usable")
     process = on("lab1", "systemctl show --value -p MainPID llmgate")

@@ -26,6 +26,8 @@ import yaml
 
 from tests.roles.test_roles import ROOT
 
+pytestmark = pytest.mark.full
+
 MOVED = re.compile(r"/(?:etc/systemd/system|(?:etc|opt|var/lib)/llmrack)\b")
 OWNED = re.compile(r"\b(owner|group): (?:root|llmrack)\b")
 SYSTEMCTL = """#!{python}
@@ -228,7 +230,6 @@ def test_a_gate_that_refuses_a_reload_goes_on_and_has_its_old_release_and_settin
     assert host.links() == {"current": "r2", "previous": "r1"} and host.runs and host.runs["release"] == "r2"
 
 
-@pytest.mark.full
 def test_a_gate_that_does_not_restart_is_started_from_what_it_had(host: Host) -> None:
     before, runs = host.files(), dict(host.runs or {})
     host.broken = {"r2"}
@@ -239,7 +240,6 @@ def test_a_gate_that_does_not_restart_is_started_from_what_it_had(host: Host) ->
     assert host.asked[-1] == "start llmgate.service"
 
 
-@pytest.mark.full
 @pytest.mark.parametrize("tags", [[], ["--tags", "configure"]])
 def test_settings_that_are_refused_leave_the_links_where_they_were(host: Host, tags: list[str]) -> None:
     for program in host.at("/opt/llmrack/releases").glob("*/bin/llmgate"):
@@ -250,7 +250,6 @@ def test_settings_that_are_refused_leave_the_links_where_they_were(host: Host, t
     assert not any(word in asked for asked in host.asked for word in ("reload llmgate", "restart", "start"))
 
 
-@pytest.mark.full
 def test_what_runs_is_gone_back_to_where_an_interrupted_deployment_has_moved_the_link(host: Host) -> None:
     host.at("/opt/llmrack/previous").unlink()
     current = host.at("/opt/llmrack/current")
@@ -262,7 +261,6 @@ def test_what_runs_is_gone_back_to_where_an_interrupted_deployment_has_moved_the
     assert host.links() == {"current": "r1"} and host.runs and host.runs["release"] == "r1"
 
 
-@pytest.mark.full
 def test_the_first_deployment_of_all_has_nothing_to_go_back_to(tmp_path: Path) -> None:
     with running(tmp_path) as host:
         host.broken = {"r1"}

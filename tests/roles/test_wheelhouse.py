@@ -131,6 +131,7 @@ def test_a_release_that_another_machine_built_arrives_whole_or_not_at_all(module
     assert (tmp_path / "out" / "a.whl").read_text() == "a wheel"
 
 
+@pytest.mark.full
 def test_a_build_host_collects_the_release_for_the_others(module: ModuleType, project: Path, tmp_path: Path) -> None:
     """The build host is this machine with another home; it has llama.cpp built already, and fetches no wheels."""
     for extra in ("node", "gate"):
