@@ -21,7 +21,7 @@ setup: $(STAMPS)/all ## the virtual environment .venv, with Ansible and all that
 demo: $(STAMPS)/run ## two nodes and a gate on this machine; ONCE=1 answers one question and stops
 	@$(BIN)/llmgate demo $(if $(MODEL),--model "$$MODEL") $(if $(ONCE),--once) $(if $(QUESTION),--question "$(QUESTION)")
 
-test: $(STAMPS)/all ## every test; as root on Debian or Ubuntu the lab of real systemd hosts too
+test: $(STAMPS)/all ## every test but what takes long; as root on Debian or Ubuntu the lab of real systemd hosts too
 	@$(LAB) prepare || true
 	@$(BIN)/python -m pytest -m "not full"
 
