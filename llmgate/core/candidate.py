@@ -6,9 +6,9 @@ the model's route asks for. Order is not this file's business: core/policy.py ra
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmgate.core import cost
 from llmgate.core.cost import Cost
@@ -19,8 +19,7 @@ from llmnode.wire.chain import Chain
 from llmnode.wire.node import Model
 
 
-@dataclass(frozen=True)
-class Candidate:
+class Candidate(NamedTuple):
     """One node that may answer: its load, and `n_ctx`, the most tokens that it lets one request hold (0: unknown).
 
     turn: the fleet's dispatch number when it last got work.    weight: of the nodes file.    release: what it runs.
@@ -115,7 +114,7 @@ def _with_chain(candidate: Candidate, node: Node, model: str, prompt: Prompt, no
     served = node.model(model)
     assert served is not None, "a candidate serves the model"
     made = prompt.chain(served)
-    return dataclasses.replace(candidate, cost=cost.of(node, made, now), chain=made)
+    return candidate._replace(cost=cost.of(node, made, now), chain=made)
 
 
 def _idle(node: Node, model: Model | None, now: float, stale_after: float) -> str:

@@ -17,7 +17,7 @@ prompt elsewhere.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 from llmgate.core.fleet import Node
 from llmnode.wire.chain import BLOCK, Chain
@@ -30,8 +30,7 @@ STEP_S = 1.0
 """Seconds that one more waiting request means, until the node's next report says what it really does."""
 
 
-@dataclass(frozen=True)
-class Cost:
+class Cost(NamedTuple):
     """The figures behind one node's cost. Tokens, seconds, tokens a second.
 
     depth: blocks of the request's chain that the node holds, which `cached` is in tokens.

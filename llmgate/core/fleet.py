@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from functools import cached_property
 
 from llmgate.core import prediction
+from llmgate.core.copying import changed
 from llmgate.core.health import OUT, Condition, Health, Rules, Signal
 from llmgate.core.prediction import Sent
 from llmgate.listing import Address, Labels, Route
@@ -287,9 +288,9 @@ class Fleet:
             return self
         turns = self.turns
         if isinstance(event, Kept):
-            return self._with(dataclasses.replace(node, kept=node.kept + 1))
+            return self._with(changed(node, kept=node.kept + 1))
         if isinstance(event, Released):
-            return self._with(dataclasses.replace(node, kept=max(0, node.kept - 1)))
+            return self._with(changed(node, kept=max(0, node.kept - 1)))
         if isinstance(event, Begun):
             return self._with(_over(node, event.sent))
         if isinstance(event, Finished):
@@ -305,7 +306,7 @@ class Fleet:
         else:
             turns += 1
             sent = prediction.add(node.sent, event.sent) if event.sent else node.sent
-            node = dataclasses.replace(node, in_flight=node.in_flight + 1, turn=turns, sent=sent)
+            node = changed(node, in_flight=node.in_flight + 1, turn=turns, sent=sent)
             node = self._told(node, Signal.SENT, event.now)
         return self._with(node, turns)._called_back(event.now)
 
@@ -344,20 +345,20 @@ class Fleet:
 
     def _told(self, node: Node, signal: Signal, now: float, why: str = "") -> Node:
         health = node.health.after(signal, now, self.rules, turns=self.turns, why=why)
-        return node if health is node.health else dataclasses.replace(node, health=health)
+        return node if health is node.health else changed(node, health=health)
 
     def _reported(self, node: Node, event: Reported) -> Node:
         report = event.report or node.report
         if report is None:
             return node
         if node.report and node.report.boot != report.boot:
-            node = dataclasses.replace(self._told(node, Signal.RENEWED, event.now), sent=())
+            node = changed(self._told(node, Signal.RENEWED, event.now), sent=())
         ready = report.state is State.READY
         node = self._told(node, Signal.READY if ready else Signal.AWAY, event.now, "" if ready else report.why)
         sent = prediction.fresh(node.sent, event.now)
         held = _held(event.report) if event.report else node.held
         owed = prediction.backlog(sent, -math.inf)
-        return dataclasses.replace(
+        return changed(
             node, report=report, seen=event.now, counted=node.in_flight, sent=sent, held=held, owed=owed, computed=0
         )
 
@@ -406,12 +407,12 @@ class Fleet:
             old = self.nodes.get(address.name)
             if old is None or old.url != address.url:
                 old = Node(address.name, address.url, health=health, lease=old.lease if old else None)
-            nodes[address.name] = dataclasses.replace(old, labels=address.labels, weight=address.weight)
+            nodes[address.name] = changed(old, labels=address.labels, weight=address.weight)
         return dataclasses.replace(self, nodes=nodes, routes=routes)
 
     def _leased(self, leases: Iterable[Lease]) -> Fleet:
         held = {lease.node: lease for lease in leases}
-        nodes = {n.name: dataclasses.replace(n, lease=held.get(n.name)) for n in self.nodes.values()}
+        nodes = {n.name: changed(n, lease=held.get(n.name)) for n in self.nodes.values()}
         return dataclasses.replace(self, nodes=nodes)
 
 
@@ -419,7 +420,7 @@ def _over(node: Node, sent: Sent, *, computed: bool = True) -> Node:
     """With nothing of the request left to compute."""
     sents, tokens = prediction.over(node.sent, sent, computed=computed)
     reported = node.seen is not None and sent.now <= node.seen
-    return dataclasses.replace(node, sent=sents, computed=node.computed + tokens * reported)
+    return changed(node, sent=sents, computed=node.computed + tokens * reported)
 
 
 def _finished(node: Node, event: Finished) -> Node:
@@ -431,7 +432,7 @@ def _finished(node: Node, event: Finished) -> Node:
         sent = prediction.corrected(sent, asked, event.cached)
         held = held.difference(asked.blocks[asked.really(event.cached) :])
     # `counted` stays: what was counted in the report and has ended since lowers the estimate by itself.
-    return dataclasses.replace(node, in_flight=max(0, node.in_flight - 1), held=held, sent=sent)
+    return changed(node, in_flight=max(0, node.in_flight - 1), held=held, sent=sent)
 
 
 def _held(report: Report) -> frozenset[int]:

@@ -28,11 +28,11 @@ Time: `now` is a monotonic clock in seconds. A state with an end (`until`) is le
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
 
+from llmgate.core.copying import changed
 from llmgate.settings import Settings
 
 MISSES = 2
@@ -176,7 +176,7 @@ class Health:
         if self.until is None or now < self.until:
             return self
         state = target(self.state, Signal.ELAPSED)
-        return dataclasses.replace(self, state=state, since=self.until, until=None)
+        return changed(self, state=state, since=self.until, until=None)
 
     def after(self, signal: Signal, now: float, rules: Rules, *, turns: int = 0, why: str = "") -> Health:
         """The health after a signal. `turns`: how many requests the fleet has dispatched; `why`: for people."""
@@ -186,7 +186,7 @@ class Health:
             return Health(state, now, counts_from=turns + 1)
         if state is counted.state:
             unheard = state is Condition.UNREACHABLE and signal in (Signal.MISSED, Signal.GONE)
-            return dataclasses.replace(counted, why=why) if unheard and why else counted
+            return changed(counted, why=why) if unheard and why else counted
         return counted._enter(state, now, rules, turns, why)
 
     def would_trip(self, now: float, rules: Rules) -> bool:
@@ -206,18 +206,18 @@ class Health:
     def _count(self, signal: Signal, now: float, rules: Rules) -> tuple[Health, Signal]:
         """Take the signal into the counts, which may make it a graver one."""
         if signal in (Signal.READY, Signal.AWAY):
-            return dataclasses.replace(self, heard=now, missed=0), signal
+            return changed(self, heard=now, missed=0), signal
         if signal is Signal.MISSED:
-            counted = dataclasses.replace(self, missed=self.missed + 1)
+            counted = changed(self, missed=self.missed + 1)
             return counted, Signal.GONE if counted.missed >= MISSES else signal
         if signal is Signal.PASSED:
-            counted = dataclasses.replace(self, heard=now, missed=0, failures=0, recent=self._recent(True, now, rules))
+            counted = changed(self, heard=now, missed=0, failures=0, recent=self._recent(True, now, rules))
             return counted._ease(now, rules), signal
         if signal is Signal.FAILED:
-            counted = dataclasses.replace(self, failures=self.failures + 1, recent=self._recent(False, now, rules))
+            counted = changed(self, failures=self.failures + 1, recent=self._recent(False, now, rules))
             return counted, Signal.TRIPPED if counted._trips(rules) else signal
         if signal is Signal.SPARED:
-            return dataclasses.replace(self, failures=0, recent=()), signal
+            return changed(self, failures=0, recent=()), signal
         return self, signal
 
     def _recent(self, answered: bool, now: float, rules: Rules) -> tuple[tuple[float, bool], ...]:
@@ -235,14 +235,14 @@ class Health:
             return self
         if now - max(self.since, self.eased) < rules.sentence(self.level):
             return self
-        return dataclasses.replace(self, level=self.level - 1, eased=now)
+        return changed(self, level=self.level - 1, eased=now)
 
     def _enter(self, state: Condition, now: float, rules: Rules, turns: int, why: str) -> Health:
         kept = self.why if self.state in OUT and state in OUT else ""
-        entered = dataclasses.replace(self, state=state, since=now, until=None, why=why or kept)
+        entered = changed(self, state=state, since=now, until=None, why=why or kept)
         if state is Condition.EJECTED:
             level = min(self.level + 1, LEVELS)
-            return dataclasses.replace(
+            return changed(
                 entered,
                 until=now + rules.sentence(level),
                 failures=0,
@@ -252,8 +252,8 @@ class Health:
                 counts_from=turns + 1,
             )
         if state is Condition.PROBING:
-            return dataclasses.replace(entered, until=now + rules.eject_s)
+            return changed(entered, until=now + rules.eject_s)
         if state is Condition.SLOW_START:
-            started = dataclasses.replace(entered, until=now + rules.slow_start_s, failures=0, recent=())
+            started = changed(entered, until=now + rules.slow_start_s, failures=0, recent=())
             return started.at(now)
         return entered

@@ -8,10 +8,10 @@ them.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
+from llmgate.core.copying import changed
 from llmnode.wire.chain import Chain
 
 PREDICTED_S = 5.0
@@ -61,7 +61,7 @@ def over(sents: tuple[Sent, ...], sent: Sent, *, computed: bool) -> tuple[tuple[
     will not hold it."""
     for at, other in enumerate(sents):
         if (other.request, other.now) == (sent.request, sent.now):
-            itself = (dataclasses.replace(other, tokens=0),) if computed else ()
+            itself = (changed(other, tokens=0),) if computed else ()
             return (*sents[:at], *itself, *sents[at + 1 :]), other.tokens
     return sents, 0
 

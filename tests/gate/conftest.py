@@ -114,12 +114,16 @@ class GateUnderTest:
 
     def line(self, request_id: str) -> dict[str, Any]:
         """The log line of one request."""
+        return self.line_with(id=request_id)
+
+    def line_with(self, **fields: Any) -> dict[str, Any]:
+        """The first line of the request log with these fields, once it is there."""
 
         def read() -> dict[str, Any] | None:
             text = self.log_file.read_text() if self.log_file.exists() else ""
-            return next((x for x in map(json.loads, text.splitlines()) if x["id"] == request_id), None)
+            return next((x for x in map(json.loads, text.splitlines()) if fields.items() <= x.items()), None)
 
-        return wait_for(read, f"the log line of {request_id}")
+        return wait_for(read, f"a log line with {fields}")
 
 
 @pytest.fixture

@@ -281,7 +281,7 @@ def test_a_client_that_does_not_read_is_hung_up_on(hasty: GateUnderTest) -> None
         client.sendall(post(hasty, chat_body(model="flood", stream=True)))
         hasty.wait_node("b", lambda node: node["in_flight"] == 1)
         hasty.wait_node("b", lambda node: node["in_flight"] == 0)
-    assert any(line["end"] == "client_left" and line["model"] == "flood" for line in hasty.lines(1))
+    assert hasty.line_with(end="client_left", model="flood")
 
 
 def test_a_client_that_reads_slowly_but_reads_is_not(hasty: GateUnderTest) -> None:
