@@ -6,8 +6,8 @@ ranked or tried: each request brings a function that ranks them for it.
 
 A request goes at once while a candidate has room. Else it waits here, where it can still go to whichever node is free
 first, in an order that is fair; in a queue at a node it could do neither. Looked at again when something has happened
-to a node: an answer has ended, a report has come. Whoever has a turn has a place kept at the node from that moment on,
-so that the next in line finds it taken.
+to a node: an answer has ended, a report has come. Whoever has waited for a turn has a place kept at the node from that
+moment on, so that the next in line finds it taken; who goes at once is counted there before anybody else can look.
 
 A request for which no node is ready waits in the same line, for a while: a node that is being started again is back in
 seconds, and who asks again meanwhile only asks more often. Until there is a node, nobody is called late: how fast the
@@ -18,8 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import math
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field
 
 from llmgate.core.fleet import Dispatched, Event, Kept, Released, View
@@ -77,11 +76,15 @@ class Visit:
 
 
 class Turn:
-    """A request's turn. `choice`: nodes, best first, of which the first keeps a place for it.    waited: seconds."""
+    """A request's turn. `choice`: nodes, best first.    waited: seconds.
 
-    def __init__(self, choice: Choice, waited: float, view: View) -> None:
+    kept: whether the first node keeps a place for it. Otherwise it is to be sent there before the event loop runs
+    anything else.
+    """
+
+    def __init__(self, choice: Choice, waited: float, view: View, *, kept: bool) -> None:
         self.choice, self.waited = choice, waited
-        self._view, self._kept = view, True
+        self._view, self._kept = view, kept
 
     def begin(self) -> None:
         """Let go of the place that is kept, as the request is about to be counted there itself. Idempotent."""
@@ -115,12 +118,33 @@ class _Line:
     cost: float = _FIRST_COST_S
 
 
+class _Stay:
+    """One request's time in line and in turn. A class, since a generator for each request took twice the time."""
+
+    __slots__ = ("_began", "_line", "_ticket", "_turn", "_visit", "_waiting")
+
+    def __init__(self, waiting: Waiting, visit: Visit) -> None:
+        self._waiting, self._visit = waiting, visit
+
+    async def __aenter__(self) -> Turn:
+        self._line, self._ticket = self._waiting.line_of(self._visit)
+        self._turn = await self._waiting.enter(self._visit, self._line, self._ticket)
+        self._began = self._waiting.clock()
+        return self._turn
+
+    async def __aexit__(self, *_: object) -> None:
+        self._turn.begin()
+        took = self._waiting.clock() - self._began
+        self._line.queue.settle(self._ticket, took)
+        self._line.cost += _COST_WEIGHT * (took - self._line.cost)
+
+
 class Waiting:
     """The queues of all models."""
 
     def __init__(self, view: View, clock: Callable[[], float], *, limit: int, beat_s: float) -> None:
         """`limit`: requests that may wait for one model in this process."""
-        self._view, self._clock, self._limit, self._beat_s = view, clock, limit, beat_s
+        self._view, self.clock, self._limit, self._beat_s = view, clock, limit, beat_s
         self._lines: dict[str, _Line] = {}
         self._woken = False
         view.follow(self._heard)
@@ -129,33 +153,33 @@ class Waiting:
         """How many wait, by model."""
         return {model: len(line.waiters) for model, line in self._lines.items()}
 
-    @asynccontextmanager
-    async def turn(self, visit: Visit) -> AsyncIterator[Turn]:
-        """Wait for a turn, and hold it while the request is answered. Raises TurnedAway, NobodyReady, DeadlineExceeded.
+    def turn(self, visit: Visit) -> _Stay:
+        """Wait for a turn, and hold it while the request is answered: `async with waiting.turn(visit) as turn`. Raises
+        TurnedAway, NobodyReady, DeadlineExceeded.
 
         A request whose task is cancelled, or whose `beat` fails, is out of the queue at once.
         """
-        line = self._lines.setdefault(visit.model, _Line())
-        ticket = Ticket(visit.key, visit.priority, max(line.cost, _LEAST_COST_S))
-        came = self._clock()
-        choice = await self._admitted(line, ticket, visit)
-        began = self._clock()
-        turn = Turn(choice, began - came, self._view)
-        try:
-            yield turn
-        finally:
-            turn.begin()
-            took = self._clock() - began
-            line.queue.settle(ticket, took)
-            line.cost += _COST_WEIGHT * (took - line.cost)
+        return _Stay(self, visit)
 
-    async def _admitted(self, line: _Line, ticket: Ticket, visit: Visit) -> Choice:
-        """The choice, once it is this one's turn, with a place taken at the first node of it."""
+    async def enter(self, visit: Visit, line: _Line, ticket: Ticket) -> Turn:
+        """The turn, once it is this one's."""
         at_once = None if line.waiters else placed(visit.choice, self._view.fleet)
         if at_once:
             line.queue.pass_by(ticket)
-            self._view.apply(Kept(at_once.ranked[0].name))
-            return at_once
+            return Turn(at_once, 0.0, self._view, kept=False)
+        came = self.clock()
+        choice = await self._admitted(line, ticket, visit)
+        return Turn(choice, self.clock() - came, self._view, kept=True)
+
+    def line_of(self, visit: Visit) -> tuple[_Line, Ticket]:
+        """Where it stands in line, and what it shows there."""
+        line = self._lines.get(visit.model)
+        if line is None:
+            line = self._lines[visit.model] = _Line()
+        return line, Ticket(visit.key, visit.priority, max(line.cost, _LEAST_COST_S))
+
+    async def _admitted(self, line: _Line, ticket: Ticket, visit: Visit) -> Choice:
+        """The choice, once it is this one's turn, with a place kept at the first node of it."""
         waiter = _Waiter(visit, asyncio.get_running_loop().create_future(), homeless=not visit.choice.ranked)
         line.queue.push(ticket)
         line.waiters[ticket] = waiter
@@ -163,7 +187,7 @@ class Waiting:
         if not waiter.turn.done():
             waiter.waits = True
             if len(line.waiters) == 1 and not waiter.homeless:
-                line.pace.formed(self._clock())
+                line.pace.formed(self.clock())
             self._bound(line, ticket, waiter)
         try:
             await self._wait(line, waiter)
@@ -179,9 +203,9 @@ class Waiting:
 
     async def _wait(self, line: _Line, waiter: _Waiter) -> None:
         """Until its turn has come or it was turned away."""
-        visit, came = waiter.visit, self._clock()
+        visit, came = waiter.visit, self.clock()
         while not waiter.turn.done():
-            left = (visit.ready_by if waiter.homeless else visit.deadline) - self._clock()
+            left = (visit.ready_by if waiter.homeless else visit.deadline) - self.clock()
             if left > 0:
                 await asyncio.wait({waiter.turn}, timeout=min(self._beat_s, left))
                 # Not when the time is up: what has gone out is no status any more.
@@ -193,7 +217,7 @@ class Waiting:
                 waiter.ranked = -math.inf
                 self._admit(line)
                 if waiter.homeless:
-                    raise NobodyReady(self._clock() - came)
+                    raise NobodyReady(self.clock() - came)
 
     def _admit(self, line: _Line) -> None:
         """Give turns until nobody that waits has a node with room."""
@@ -211,7 +235,7 @@ class Waiting:
                 break
             waiter = line.waiters.pop(ticket)
             if waiter.waits:
-                line.pace.went(self._clock())
+                line.pace.went(self.clock())
             if isinstance(fit, Choice):
                 self._view.apply(Kept(fit.ranked[0].name))
                 waiter.turn.set_result(fit)
@@ -222,7 +246,7 @@ class Waiting:
 
     def _fit(self, waiter: _Waiter, open_nodes: frozenset[str]) -> Choice | Exception | None:
         """Where this one would go now; None for nowhere. An error is its own and must not hold up the others."""
-        now = self._clock()
+        now = self.clock()
         first = waiter.ranked is None
         again_s = _RANK_AGAIN_S if waiter.nodes else _LOOK_AGAIN_S
         if waiter.ranked is not None and waiter.nodes.isdisjoint(open_nodes) and now - waiter.ranked < again_s:
@@ -237,7 +261,7 @@ class Waiting:
 
     def _bound(self, line: _Line, ticket: Ticket, waiter: _Waiter) -> None:
         """Turn away whom waiting would not help: this one when it would be late, or one when there are too many."""
-        now = self._clock()
+        now = self.clock()
         ahead = line.queue.ahead(ticket)
         wait, left = line.pace.wait(ahead, now), waiter.visit.deadline - now
         if ahead and wait > left and not waiter.homeless:

@@ -260,9 +260,31 @@ def test_a_client_that_leaves_between_its_turn_and_its_dispatch_keeps_no_place()
         assert rig.view.fleet.nodes["a"].busy == 0
         with pytest.raises(RuntimeError):
             async with rig.waiting.turn(rig.visit()):
-                assert rig.view.fleet.nodes["a"].busy == 1
                 raise RuntimeError
         assert rig.view.fleet.nodes["a"].busy == 0
+
+    run(test)
+
+
+def test_who_has_waited_has_a_place_until_it_is_dispatched() -> None:
+    async def test() -> None:
+        rig = Rig("a")
+        for name in "12":
+            await rig.ask(name)
+        kept = []
+
+        async def third() -> None:
+            async with rig.waiting.turn(rig.visit()) as turn:
+                kept.append(rig.view.fleet.nodes["a"].kept)
+                turn.begin()
+                kept.append(rig.view.fleet.nodes["a"].kept)
+
+        waits = asyncio.create_task(third())
+        await settled()
+        assert not kept
+        await rig.end("1")
+        await waits
+        assert kept == [1, 0]
 
     run(test)
 
