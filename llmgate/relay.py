@@ -30,7 +30,7 @@ from llmgate.core.reader import Reader
 from llmgate.upstream import Answer, Late, Patience, Stalled, Unreachable, Upstream, UpstreamError
 from llmnode.wire import headers as names
 from llmnode.wire import resume
-from llmnode.wire.node import Usage
+from llmnode.wire.node import Load, Usage
 from llmnode.wire.resume import Committed, Fixed, Origin, Resume
 
 FRAME_LIMIT = 4 * 1024 * 1024
@@ -88,6 +88,7 @@ class Exchange:
     client heard nothing, between content of one node and of the next.
     kept: the last answer or error that was read whole, not sent yet.
     heard: called when a node's answer begins, if it does not end there and then: its prompt is computed.
+    busy: called with the load that a node tells of as it begins to answer.
     """
 
     request_id: str
@@ -108,6 +109,7 @@ class Exchange:
     usage: Usage | None = None
     kept: Whole | None = None
     heard: Callable[[], None] = lambda: None
+    busy: Callable[[Load], None] = lambda load: None
 
     def got(self) -> Got:
         return Got(self.committed.size, self.content, self.resumable)
@@ -187,6 +189,8 @@ class Relay:
                 return Outcome(Kind.BROKE, detail="its answer to a resume has no commit markers")
             if marked and not resumed and names.ORIGIN in response.headers:
                 exchange.origin = Origin.parse(response.headers[names.ORIGIN])
+            if load := _load(response):
+                exchange.busy(load)
             if marked and not exchange.stream:
                 return await self._collect(response, exchange)
             if response.headers.get("content-type", "").startswith("text/event-stream"):
@@ -320,6 +324,14 @@ async def _read(response: Answer, limit: int) -> bytes:
 
 def _returned(response: Answer) -> dict[str, str]:
     return {name: response.headers[name] for name in _RETURN if name in response.headers}
+
+
+def _load(response: Answer) -> Load | None:
+    """The load that a node tells of with its answer. One that cannot be read is none: the next report has it."""
+    try:
+        return Load.parse(response.headers[names.LOAD]) if names.LOAD in response.headers else None
+    except ValueError:
+        return None
 
 
 def _error(body: bytes) -> tuple[str, str, str]:

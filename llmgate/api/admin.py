@@ -102,7 +102,7 @@ def describe(node: Node, *, now: float, wall: float, stale_after_s: float) -> di
         "release": report.release if report else "",
         "config": report.config if report else "",
         "models": [dataclasses.asdict(model) for model in report.models] if report else [],
-        "load": dataclasses.asdict(report.load) if report else None,
+        "load": dataclasses.asdict(node.load) if node.load else None,
         "seen_seconds_ago": None if node.seen is None else round(now - node.seen, 3),
     }
 

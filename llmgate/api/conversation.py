@@ -21,7 +21,7 @@ from sanic import HTTPResponse, Request
 from llmgate.api.door import Door, request_id
 from llmgate.core import body as bodies
 from llmgate.core import evidence, keys, plan, policy
-from llmgate.core.fleet import Begun, Dispatched, Finished, Fleet, Node, View
+from llmgate.core.fleet import Begun, Dispatched, Finished, Fleet, Node, Told, View
 from llmgate.core.keys import Key, require_model
 from llmgate.core.plan import Kind, Look, Outcome, Seen, Try, Verdict
 from llmgate.core.policy import Ask, Choice
@@ -295,6 +295,7 @@ class Conversations:
         sent = self._sent(step, talk, now)
         talk.record.predicted = sent.cached if sent else None
         self._view.apply(Dispatched(name, now, sent))
+        exchange.busy = lambda load: self._view.apply(Told(name, load, self._clock()))
         if sent:
             exchange.heard = lambda: self._view.apply(Begun(name, sent))
         turn = self._view.fleet.turns

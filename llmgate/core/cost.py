@@ -58,7 +58,7 @@ class Cost(NamedTuple):
 
 def of(node: Node, chain: Chain, now: float) -> Cost:
     """What this request would cost on this node."""
-    load = node.report.load if node.report else None
+    load = node.load
     per_token = (load.bytes_per_token if load else 0.0) or BYTES_PER_TOKEN
     prompt = math.ceil(chain.size / per_token)
     depth = node.depth(chain, now)
@@ -75,7 +75,7 @@ def of(node: Node, chain: Chain, now: float) -> Cost:
 def _wait(node: Node) -> float:
     if node.busy < node.slots:
         return 0.0
-    load = node.report.load if node.report else None
+    load = node.load
     reported = load.running + load.waiting if load else 0
     # `wait_s` speaks for the next request after those reported; with a slot free then, it says nothing of the queue.
     beyond = node.busy - max(reported, node.slots - 1)

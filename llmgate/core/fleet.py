@@ -26,7 +26,7 @@ from llmgate.listing import Address, Labels, Route
 from llmgate.settings import Settings
 from llmnode.wire import chain
 from llmnode.wire.chain import Chain
-from llmnode.wire.node import Model, Report, State
+from llmnode.wire.node import Load, Model, Report, State
 
 _NO_ROUTE = Route()
 
@@ -65,13 +65,14 @@ class Node:
     """One node as the gate knows it.
 
     seen: when the last good report came; None before the first.
+    since: the load that it has told of since that report, with an answer; None for none.       told: when it last told.
     in_flight: requests of this gate there, from dispatch to the last body byte.
-    counted: what `in_flight` was when the report came, so that work the report already counts is not counted twice.
+    counted: what `in_flight` was then, so that work which its load already counts is not counted twice.
     kept: places for requests that are about to be dispatched.
     turn: the fleet's dispatch number when this node last got work; 0 for never.
     held: blocks of prefix chains that it holds, by its last report; without those that answers have proved wrong since.
     sent: what went there lately (prediction.py).
-    owed: prompt tokens that such requests had still to be computed when the report came.
+    owed: prompt tokens that such requests had still to be computed then.
     computed: those of them that have been computed since.
     """
 
@@ -81,6 +82,8 @@ class Node:
     weight: float = 1.0
     report: Report | None = None
     seen: float | None = None
+    since: Load | None = None
+    told: float | None = None
     health: Health = field(default_factory=Health)
     in_flight: int = 0
     counted: int = 0
@@ -102,18 +105,24 @@ class Node:
         return max(1, self.report.load.slots) if self.report else 1
 
     @property
+    def load(self) -> Load | None:
+        """What it last told of its load; None before the first report."""
+        return self.since or (self.report.load if self.report else None)
+
+    @property
     def busy(self) -> int:
         """Requests running or waiting there: those it reported, those dispatched since, and those about to be."""
-        if self.report is None:
+        load = self.load
+        if load is None:
             return self.in_flight + self.kept
-        reported = self.report.load.running + self.report.load.waiting
+        reported = load.running + load.waiting
         return max(self.in_flight, reported + self.in_flight - self.counted) + self.kept
 
     @cached_property
     def backlog(self) -> int:
         """Prompt tokens to be computed there: those it reported, but for what is done since, and those sent since."""
-        sent = prediction.backlog(self.sent, -math.inf if self.seen is None else self.seen)
-        load = self.report.load if self.report else None
+        sent = prediction.backlog(self.sent, -math.inf if self.told is None else self.told)
+        load = self.load
         queued = load.queued_prompt_tokens if load else 0
         if not load or not self.owed:
             return queued + sent
@@ -223,6 +232,15 @@ class Dispatched:
 
 
 @dataclass(frozen=True)
+class Told:
+    """With the head of an answer the node has said how busy it is."""
+
+    name: str
+    load: Load
+    now: float
+
+
+@dataclass(frozen=True)
 class Begun:
     """The answer to such a request has begun, so that its prompt is computed. `sent`: as in its `Dispatched`."""
 
@@ -262,7 +280,7 @@ class Leased:
     leases: tuple[Lease, ...]
 
 
-Event = Listed | Reported | Missed | Lost | Kept | Released | Dispatched | Begun | Finished | Attempted | Leased
+Event = Listed | Reported | Missed | Lost | Kept | Released | Dispatched | Told | Begun | Finished | Attempted | Leased
 
 
 @dataclass(frozen=True)
@@ -291,6 +309,8 @@ class Fleet:
             return self._with(changed(node, kept=node.kept + 1))
         if isinstance(event, Released):
             return self._with(changed(node, kept=max(0, node.kept - 1)))
+        if isinstance(event, Told):
+            return self._with(_busy_since(node, event.load, event.now)) if node.report else self
         if isinstance(event, Begun):
             return self._with(_over(node, event.sent))
         if isinstance(event, Finished):
@@ -357,10 +377,8 @@ class Fleet:
         node = self._told(node, Signal.READY if ready else Signal.AWAY, event.now, "" if ready else report.why)
         sent = prediction.fresh(node.sent, event.now)
         held = _held(event.report) if event.report else node.held
-        owed = prediction.backlog(sent, -math.inf)
-        return changed(
-            node, report=report, seen=event.now, counted=node.in_flight, sent=sent, held=held, owed=owed, computed=0
-        )
+        node = changed(node, report=report, seen=event.now, sent=sent, held=held)
+        return _busy_since(node, None, event.now)
 
     def _attempted(self, node: Node, event: Attempted) -> Node:
         if event.turn < node.health.counts_from:
@@ -416,10 +434,16 @@ class Fleet:
         return dataclasses.replace(self, nodes=nodes)
 
 
+def _busy_since(node: Node, since: Load | None, now: float) -> Node:
+    """Once it has told of its load, which counts what this gate has sent there so far; None: as in its report."""
+    owed = prediction.backlog(node.sent, -math.inf)
+    return changed(node, since=since, told=now, counted=node.in_flight, owed=owed, computed=0)
+
+
 def _over(node: Node, sent: Sent, *, computed: bool = True) -> Node:
     """With nothing of the request left to compute."""
     sents, tokens = prediction.over(node.sent, sent, computed=computed)
-    reported = node.seen is not None and sent.now <= node.seen
+    reported = node.told is not None and sent.now <= node.told
     return changed(node, sent=sents, computed=node.computed + tokens * reported)
 
 

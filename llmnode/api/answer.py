@@ -160,6 +160,8 @@ async def _stream(
         request.ctx.meter = meter
         async with aclosing(stream.frames(mailbox, telling)) as frames:
             first = await anext(frames)  # until here a failure is still a status
+            if telling.marks is not None and (stats := serving.stats()):
+                said[headers.LOAD] = stats.load.header()
             response = await request.respond(headers=said, content_type="text/event-stream")
             await response.send(first)
             async for frame in frames:

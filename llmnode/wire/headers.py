@@ -22,6 +22,10 @@ Response, node to gate: the version of the resume format, where the answer has m
 ORIGIN = "x-llmrack-origin"
 """Response, node to gate, where the answer has markers: `wire.resume.Origin`, the model that it comes from."""
 
+LOAD = "x-llmrack-load"
+"""Response, node to gate, where the answer has markers: `wire.node.Load` as the answer begins, so that a gate hears of
+what others have sent there before the next poll."""
+
 PRIORITY = "x-llmrack-priority"
 """Request, client to gate: "high", "normal" or "low", how soon it wants its turn; not above its key's own."""
 

@@ -6,6 +6,7 @@ Unknown fields are ignored and missing ones have defaults, so that gates and nod
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from enum import Enum
@@ -82,6 +83,19 @@ class Load:
     decode_tps: float = 0.0
     wait_s: float = 0.0
     bytes_per_token: float = 0.0
+
+    def header(self) -> str:
+        """The same for a header's value."""
+        return json.dumps(dataclasses.asdict(self), separators=(",", ":"))
+
+    @classmethod
+    def parse(cls, text: str) -> Load:
+        """Raises ValueError."""
+        try:
+            body = json.loads(text)
+        except RecursionError:
+            raise ValueError("it is nested too deeply") from None
+        return cls(**_fields(cls, body, "load."))
 
 
 @dataclass(frozen=True)

@@ -49,8 +49,9 @@ class Scenario(Protocol):
 
 @dataclass(frozen=True)
 class Closed:
-    """`connections` clients, each asking again as soon as it is answered: what each answer cost the proxy, so how many
-    a core of it gives in a second. How many came in one tells less: one core of load does not fill a fast proxy."""
+    """`connections` clients, each asking again as soon as it is answered: how many answers come in a second, and how
+    many a core of the proxy gives in one, by what each cost it. The first tells less of a fast proxy, which one core of
+    load does not fill."""
 
     stream: bool
     connections: int = 64
@@ -140,14 +141,14 @@ MANY_CORES = 4
 """From here on two workers have cores of their own."""
 
 ROWS = (
-    Row("streams", f"{_STREAMS}, beside nginx", Closed(stream=True), (STREAMS_PER_CORE,),
-        bars={STREAMS_PER_CORE: Bar(at_least=0.75)}),
-    Row("streams-litellm", f"{_STREAMS}, beside LiteLLM", Closed(stream=True), (STREAMS_PER_CORE,), LITELLM,
-        {STREAMS_PER_CORE: Bar(at_least=15)}),
-    Row("json", f"{_JSON}, beside nginx", Closed(stream=False), (REQUESTS_PER_CORE,),
-        bars={REQUESTS_PER_CORE: Bar(at_least=0.25)}),
-    Row("json-litellm", f"{_JSON}, beside LiteLLM", Closed(stream=False), (REQUESTS_PER_CORE,), LITELLM,
-        {REQUESTS_PER_CORE: Bar(at_least=15)}),
+    Row("streams", f"{_STREAMS}, beside nginx", Closed(stream=True), (STREAMS_PER_S, STREAMS_PER_CORE),
+        bars={STREAMS_PER_S: Bar(at_least=0.75)}),
+    Row("streams-litellm", f"{_STREAMS}, beside LiteLLM", Closed(stream=True), (STREAMS_PER_S, STREAMS_PER_CORE),
+        LITELLM, {STREAMS_PER_S: Bar(at_least=15)}),
+    Row("json", f"{_JSON}, beside nginx", Closed(stream=False), (REQUESTS_PER_S, REQUESTS_PER_CORE),
+        bars={REQUESTS_PER_S: Bar(at_least=0.25)}),
+    Row("json-litellm", f"{_JSON}, beside LiteLLM", Closed(stream=False), (REQUESTS_PER_S, REQUESTS_PER_CORE),
+        LITELLM, {REQUESTS_PER_S: Bar(at_least=15)}),
     Row("latency", f"{_OPEN.format(200)}, beside nginx", Open(200), (ADDED_P99, ADDED_P50),
         bars={ADDED_P99: Bar(at_most=0.005, own=True)}),
     Row("latency-litellm", f"{_OPEN.format(LITELLM_RATE)}, beside LiteLLM", Open(LITELLM_RATE), (ADDED_P99, ADDED_P50),

@@ -42,6 +42,7 @@ class MockNode:
     requests: every POST seen: {"path", "headers", "body"}.
     usage: what it says that each answer cost.
     open: streams running now.   closed: answers that the gate hung up on.   sent_bytes: of streams, taken by the gate.
+    load: what its answers that can be resumed say of its load, as a header.
     hold: while set, a POST is not looked at, a poll is not answered, and a stream with the fault "wait", or "drip" that
           sends each byte by itself, stays at its second word.
     """
@@ -79,6 +80,7 @@ class MockNode:
         self.closed = 0
         self.sent_bytes = 0
         self.hold = ""
+        self.load = ""
         self._socket = socket.socket()
         self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         self._socket.bind(("127.0.0.1", port))
@@ -239,7 +241,8 @@ class MockNode:
     ) -> None:
         model = self.report.models[0]
         origin = Origin(model.id, model.digest, model.template).header()
-        async with self._streaming(writer, f"{names.RESUMABLE}: {VERSION}", f"{names.ORIGIN}: {origin}"):
+        told = [f"{names.LOAD}: {self.load}"] if self.load else []
+        async with self._streaming(writer, f"{names.RESUMABLE}: {VERSION}", f"{names.ORIGIN}: {origin}", *told):
             struck = not fault
             for step in script.steps(out):
                 if not struck and step.count > at:

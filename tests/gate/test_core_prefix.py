@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from llmgate.core import cost, prediction
 from llmgate.core.candidate import Candidate
 from llmgate.core.cost import Cost
-from llmgate.core.fleet import Begun, Dispatched, Event, Finished, Fleet, Lost, Reported
+from llmgate.core.fleet import Begun, Dispatched, Event, Finished, Fleet, Lost, Reported, Told
 from llmgate.core.policy import COLD, COLD_S, NEAR, NEAR_S, Ask, Draw, prefix
 from llmgate.core.prediction import PREDICTED_S, Sent
 from llmgate.listing import Address
@@ -246,6 +246,27 @@ def test_what_a_report_counts_is_over_once_its_answer_begins(running: int, queue
     made = fleet("a", events=(gone, counted))
     assert made.nodes["a"].backlog == queued
     assert made.apply(Begun("a", gone.sent)).nodes["a"].backlog == left
+
+
+def test_what_a_node_tells_with_an_answer_counts_until_its_next_report() -> None:
+    """Others' requests are known sooner than by a poll, and ours are not counted twice."""
+    gone = sent("a", now=NOW + 0.1)
+    assert gone.sent
+    made = fleet("a", events=(gone,))
+    busy, backlog = [made.nodes["a"].busy], [made.nodes["a"].backlog]
+    crowd = report(running=3, waiting=2, queued_prompt_tokens=900).load
+    for event in (
+        Told("a", crowd, NOW + 0.5),  # ours is one of the five, and nothing of it is owed twice
+        sent("a", now=NOW + 0.6, request="2"),  # a sixth, and its 2502 tokens
+        Finished("a", gone.sent, 0),
+        Reported("a", None, NOW + 1),  # nothing has changed since the first report: idle, but for ours
+        Told("b", crowd, NOW + 1),  # whom nobody has listed
+    ):
+        made = made.apply(event)
+        busy.append(made.nodes["a"].busy)
+        backlog.append(made.nodes["a"].backlog)
+    assert busy == [1, 5, 6, 5, 1, 1]
+    assert backlog[1:3] == [900, 3402] and backlog[4] == 0
 
 
 def test_a_node_is_taken_to_hold_what_was_just_sent_there_for_a_while() -> None:

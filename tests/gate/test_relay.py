@@ -15,6 +15,7 @@ import pytest
 from llmgate.core.plan import Kind, Outcome
 from llmgate.relay import Exchange, Relay
 from llmnode.wire import sse
+from llmnode.wire.node import Load
 from llmnode.wire.resume import Fixed, Origin
 from tests.gate.conftest import GateUnderTest
 from tests.gate.mock_node import WORDS, MockNode
@@ -63,6 +64,32 @@ class Kept:
 
     async def send(self, data: bytes) -> None:
         self.data += data
+
+
+@pytest.mark.parametrize(
+    ("text", "told"), [('{"slots":4,"running":3,"news":1}', 3), ("{", None), ('{"slots":-1}', None)]
+)
+def test_who_routes_hears_how_busy_a_node_is_and_an_answer_does_not_depend_on_it(
+    mock: Mock, text: str, told: int | None
+) -> None:
+    node = mock("a", resume=True)
+    node.load = text
+    heard: list[Load] = []
+
+    async def main() -> Outcome:
+        relay = Relay("", time.monotonic, connect_timeout_s=60, stall_timeout_s=60, request_timeout_s=60)
+        exchange = Exchange(
+            request_id="r", path="/v1/chat/completions", body=b'{"model": "tiny", "messages": []}', headers={},
+            stream=False, fixed=Fixed("id", 1, 2), deadline=time.monotonic() + 60, sent=0.0,
+            origin=Origin("tiny", "d1", "t1"), busy=heard.append,
+        )  # fmt: skip
+        try:
+            return await relay.begin(node.url, exchange, Kept())
+        finally:
+            await relay.close()
+
+    assert asyncio.run(main()).kind is Kind.ANSWERED
+    assert [load.running for load in heard] == ([] if told is None else [told])
 
 
 @pytest.mark.parametrize("streamed", [True, False])

@@ -26,7 +26,7 @@ from llmnode.engine.llama import LlamaOptions
 from llmnode.engine.types import Sampling
 from llmnode.settings import HANDBOOK
 from llmnode.wire import headers
-from llmnode.wire.node import Report
+from llmnode.wire.node import Load, Report
 from llmnode.wire.resume import Origin, Resume, read_marker
 from tests.conftest import Start
 from tests.node.stitching import FIXED, Heard, begun, envelope, heard, joined, opened, resumed
@@ -237,6 +237,8 @@ def test_a_node_says_what_it_takes_to_resume_its_answers(second: Program) -> Non
     said = {headers.RESUMABLE: FIXED.header()}
     with httpx.stream("POST", second.url + CHAT, json=ASKED, headers=said, timeout=60) as answer:
         origin = Origin.parse(answer.headers[headers.ORIGIN])
+        load = Load.parse(answer.headers[headers.LOAD])
+    assert (load.slots, load.running) == (report.load.slots, 1)
     assert origin == Origin(model.id, model.digest, model.template)
     frames = resumed(second, replace(Resume.parse(envelope(CHAT, ASKED, [])), origin=origin).write())
     assert heard(frames).ended
