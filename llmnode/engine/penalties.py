@@ -180,7 +180,10 @@ class Dry:
         self._multiplier, self._base = sampling.dry_multiplier, sampling.dry_base
         self._allowed, self._span = max(0, sampling.dry_allowed_length), sampling.dry_last_n
         steep = self._base > 1 and self._multiplier < _ENOUGH
-        self._steepest = math.ceil(math.log(_ENOUGH / self._multiplier, self._base)) if steep else 0
+        # The difference of logarithms, since a quotient by the least of floats is infinite.
+        self._steepest = 0
+        if steep:
+            self._steepest = math.ceil((math.log(_ENOUGH) - math.log(self._multiplier)) / math.log(self._base))
         self._pieces = pieces
         self._breakers = [text.encode() for text in sampling.dry_breakers if text]
         self._reach = max(map(len, self._breakers), default=1) - 1

@@ -168,3 +168,9 @@ def test_a_penalty_of_dry_stays_a_number_however_long_the_repetition() -> None:
     assert 1e6 <= penalty[0] <= 1e7
     row = altered([0] * 3000, (), dry_multiplier=0.8, dry_base=8.0)
     assert np.isfinite(row).all()
+
+
+@pytest.mark.parametrize("base", [1.0, 1.0000000000000002, 1.75])
+def test_a_penalty_of_dry_may_be_as_small_as_a_float_can_be(base: float) -> None:
+    dry = Dry(Sampling(dry_multiplier=5e-324, dry_base=base), [1, 2, 3] * 5, [b"", b"a", b"b", b"c"])
+    assert set(dry.penalties()) == {1}
