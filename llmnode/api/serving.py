@@ -71,7 +71,7 @@ class Served:
 
     def said_elsewhere(self, ask: Ask) -> str:
         """The text of an answer that another node has sent before this one went on with it."""
-        text = TextStream(self.backend.pieces, ask.stop)
+        text = TextStream(self.backend.pieces if ask.pieces is None else ask.pieces, ask.stop)
         return "" if ask.retold else "".join(map(text.push, ask.replayed))
 
     def _ids(self, text: str) -> tuple[int, ...]:

@@ -11,7 +11,7 @@ the engine's.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NamedTuple, Protocol
 
@@ -100,6 +100,7 @@ class Backend(Protocol):
     info: what the model says of itself.        room: what fits.
     can_cut: whether a sequence can forget its last tokens (attention can, recurrent state cannot). Probed at load.
     pieces: bytes of each token as text; control tokens are empty. Length n_vocab.
+    specials: the tokens that are more than a text, by their spelling: control tokens, and those of the model's makers.
     end_tokens: ids that end an answer.         devices: what the model runs on.
     """
 
@@ -107,6 +108,7 @@ class Backend(Protocol):
     room: Room
     can_cut: bool
     pieces: Sequence[bytes]
+    specials: Mapping[str, int]
     end_tokens: frozenset[int]
     devices: tuple[Device, ...]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from hashlib import blake2b
 from typing import TYPE_CHECKING
 
@@ -73,6 +73,7 @@ class FakeBackend:
         self.room = room
         self.can_cut = can_cut
         self.pieces: Sequence[bytes] = [bytes([byte]) for byte in range(256)] + [b""] * len(SPECIALS)
+        self.specials: Mapping[str, int] = {name: 256 + index for index, name in enumerate(SPECIALS)}
         self.end_tokens = frozenset({END})
         self.devices: tuple[Device, ...] = ()
         self._delay, self._sleep = step_delay_s, sleep

@@ -5,8 +5,8 @@ Refuses to know: logits, draws, sequences. The work is done by llguidance, which
 grammars. What it does not support it refuses, and so do we, by name; nothing in a schema that constrains is skipped.
 
 An answer may end exactly where the grammar may: there each of the model's end tokens is allowed, and nowhere else.
-Control tokens have no text, so no grammar allows them. Where nothing can follow any more, only the end is allowed. The
-place that a text leads to depends on its tokens alone.
+Control tokens have no text, so no grammar allows them but one that names them by their ids. Where nothing can follow
+any more, only the end is allowed. The place that a text leads to depends on its tokens alone.
 
 A mask holds every token whose text the grammar can go on with. llguidance would rather allow only the usual tokens of a
 text that is certain to come ("forcing"); we switch that off, since then a token drawn and checked alone and one drawn
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 _WHITESPACE = r"[ \n\r\t]{1,40}"
 """Between the parts of a JSON text: a new line and an indentation, but not for ever, where weak models like to end."""
 
-_ROW_ITEMS = {"gbnf": 1000, "json_schema": 10_000}
+_ROW_ITEMS = {"gbnf": 1000, "json_schema": 10_000, "lark": 10_000}
 """Places in the grammar that a text may be at, all at once. The time for one more token grows with their square, and a
 grammar can be written that has as many as its text is long. A schema has a few for each property that may come next."""
 _STEP_ITEMS = 500_000
@@ -47,6 +47,11 @@ _STEP_ITEMS = 500_000
 100,000 for 151,936 tokens, twice the library's own limit."""
 _LEXER_STATES = 20_000
 """One or two kB each, in every matcher; the library's own limit of 250,000 would let one answer take half a GB."""
+
+
+_WRITTEN_OUT = 16
+"""How much longer a grammar that was written for a request may be than one that came with it: agents bring dozens of
+tools, each with a schema."""
 
 
 class DeadEnd(InvalidRequest):
@@ -176,14 +181,20 @@ class Grammars:
             raise InvalidRequest(f"x-guidance in the schema of {param} is not supported", param=param)
         return self._grammar("json_schema", text, param, _lark_of_schema)
 
+    def lark(self, text: str, *, param: str = "tools") -> Grammar:
+        """A grammar in llguidance's own notation, which chat/enforce.py writes: schemas within fixed texts, control
+        tokens as `<[id]>`. Raises InvalidRequest naming `param`, for which it was written."""
+        return self._grammar("lark", text, param, _lark_of_lark)
+
     def json_object(self) -> Grammar:
         """Any JSON object."""
         return self.json_schema({"type": "object"})
 
     def _grammar(self, kind: str, text: str, param: str, translate: Callable[[str], str]) -> Grammar:
         size = len(text.encode(errors="surrogatepass"))
-        if size > self._max_bytes:
-            raise InvalidRequest(f"{param} may hold {self._max_bytes} bytes at most, got {size}", param=param)
+        most = self._max_bytes * (_WRITTEN_OUT if kind == "lark" else 1)
+        if size > most:
+            raise InvalidRequest(f"{param} may hold {most} bytes at most, got {size}", param=param)
         with self._lock:
             known = self._known.get((kind, text))
             if known is not None:
@@ -214,15 +225,22 @@ class Grammars:
 
 
 class _Tokens:
-    """The vocabulary in the shape that llguidance reads."""
+    """The vocabulary in the shape that llguidance reads.
+
+    Each token without text gets a name of its own, which no text has: those of one name would be allowed together."""
 
     is_tokenizer_wrapper = True
     bos_token_id = None
 
     def __init__(self, pieces: Sequence[bytes], end_tokens: frozenset[int]) -> None:
-        self.tokens = pieces
+        silent = end_tokens | {id for id, piece in enumerate(pieces) if not piece}
+        self.tokens = [b"<%d>" % id if id in silent else piece for id, piece in enumerate(pieces)]
         self.eos_token_id = min(end_tokens, default=None)
-        self.special_token_ids = sorted(end_tokens | {id for id, piece in enumerate(pieces) if not piece})
+        self.special_token_ids = sorted(silent)
+
+
+def _lark_of_lark(text: str) -> str:
+    return f'%llguidance {{"no_forcing": true}}\n{text}'
 
 
 def _lark_of_schema(text: str) -> str:

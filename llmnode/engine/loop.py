@@ -245,8 +245,15 @@ class Engine:
 
     def _sequence(self, ask: Ask, sink: Sink, limit: int, now: float) -> Sequence:
         matcher = ask.grammar.matcher() if ask.grammar is not None else None
-        sampler = Sampler(ask.sampling, ask.prompt, vocabulary=self._vocabulary, matcher=matcher, logprobs=ask.logprobs)
-        text = TextStream(self._backend.pieces, ask.stop)
+        sampler = Sampler(
+            ask.sampling,
+            ask.prompt,
+            vocabulary=self._vocabulary,
+            matcher=matcher,
+            forcing=ask.forcing() if ask.forcing is not None else None,
+            logprobs=ask.logprobs,
+        )
+        text = TextStream(self._backend.pieces if ask.pieces is None else ask.pieces, ask.stop)
         sequence = Sequence(next(self._ids), ask, sink, limit, text, sampler, now, self._backend.end_tokens)
         if self._limits.prompt_lookup and self._backend.can_cut:
             sequence.lookup = Lookup(sequence.tokens)

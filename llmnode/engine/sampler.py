@@ -39,6 +39,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
     from llmnode.engine.grammar import Matcher
+    from llmnode.engine.types import Forcing
 
     Floats = NDArray[np.floating]
     Ids = NDArray[np.intp]
@@ -62,6 +63,7 @@ class Sampler:
     prompt: the tokens before the answer, for the penalties that look at them.
     vocabulary: what is known of the model's tokens.
     matcher: the grammar's place in this answer, which the sampler moves on; None without one.
+    forcing: tokens that must come, which are taken undrawn where the grammar allows them; None without any.
     logprobs: how many of the most probable tokens to report beside each; None for no report.
 
     Raises InvalidRequest when logit_bias names a token that does not exist.
@@ -74,15 +76,17 @@ class Sampler:
         *,
         vocabulary: Vocabulary,
         matcher: Matcher | None = None,
+        forcing: Forcing | None = None,
         logprobs: int | None = None,
     ) -> None:
         self._sampling, self._vocabulary = sampling, vocabulary
-        self._matcher, self._logprobs = matcher, logprobs
+        self._matcher, self._forcing, self._logprobs = matcher, forcing, logprobs
         self._penalties = Penalties(sampling, prompt, vocabulary)
         self._greedy = sampling.temperature <= 0 or (sampling.top_k == 1 and not sampling.mirostat)
         self._mirostat = sampling.needs_replayed_logits
         self._mu = 2 * sampling.mirostat_tau
-        self.plain = self._greedy and not self._penalties.active and matcher is None and logprobs is None
+        bound = matcher is not None or forcing is not None
+        self.plain = self._greedy and not self._penalties.active and not bound and logprobs is None
         """Greedy and nothing else to do: the largest logit is the token, and `accept` is all that must be called."""
 
     @property
@@ -99,7 +103,7 @@ class Sampler:
         """
         if not math.isfinite(row[best]):
             return None
-        token = known
+        token = self._forced() if known is None else known
         if token is None:
             token = best if self.plain else self._token(row, best, position)
         return Drawn(token, None if self._logprobs is None else _report(row, best, token, self._logprobs))
@@ -119,10 +123,16 @@ class Sampler:
                 self._mu -= self._sampling.mirostat_eta * (bits - self._sampling.mirostat_tau)
         if self._penalties.active:
             self._penalties.accept(token)
+        if self._forcing is not None:
+            self._forcing.accept(token)
         if self._matcher is not None:
             self._matcher.accept(token)
             if token in self._vocabulary.end_tokens:
                 self._matcher = None  # the grammar has got what it asked for; whoever goes on is free to
+
+    def _forced(self) -> int | None:
+        token = self._forcing.wanted() if self._forcing is not None else None
+        return token if token is None or self._matcher is None or self._matcher.allows(token) else None
 
     def _token(self, row: NDArray[np.float32], best: int, position: int) -> int:
         altered = self._penalties.applied(row)

@@ -7,7 +7,19 @@ answer ends otherwise. What comes out is a function of the token ids alone, not 
 from __future__ import annotations
 
 import codecs
-from collections.abc import Sequence
+from collections.abc import Collection, Mapping, Sequence
+
+
+def spelled(pieces: Sequence[bytes], specials: Mapping[str, int], markers: Collection[str]) -> Sequence[bytes]:
+    """The pieces of a vocabulary with some of its control tokens written out: those whose spelling is a marker.
+
+    They have no text otherwise, so a reader of the text would not see where reasoning ends and a call begins. Made once
+    for a model and its chat template; where nothing has to be written out, it is the same list.
+    """
+    known = {token: marker.encode() for marker in markers if (token := specials.get(marker)) is not None}
+    if all(pieces[token] for token in known):
+        return pieces
+    return [piece or known.get(token, b"") for token, piece in enumerate(pieces)]
 
 
 class TextStream:

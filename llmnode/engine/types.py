@@ -6,10 +6,10 @@ events are frozen, so that they may cross threads.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from enum import Enum
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 from llmnode.wire.errors import ApiError
 from llmnode.wire.node import Load, Usage
@@ -72,6 +72,19 @@ class Sampling:
         return self.mirostat != 0 and self.temperature > 0
 
 
+class Forcing(Protocol):
+    """Tokens that must come, whatever the model would rather say. Belongs to one answer.
+
+    What it wants must follow from the tokens of the answer alone, so that another node can go on with it.
+    """
+
+    def wanted(self) -> int | None:
+        """The token that must come next, None where it is free. Changes nothing."""
+
+    def accept(self, token: int) -> None:
+        """The token is part of the answer now."""
+
+
 @dataclass(frozen=True)
 class Ask:
     """One answer wanted from the engine.
@@ -81,6 +94,8 @@ class Ask:
     deadline: on the clock `time.monotonic()`, in seconds; None for no deadline.
     ignore_eos: go on past the end-of-turn token (benchmarks need answers of a known length).
     grammar: what the answer must match, compiled; None for no constraint.
+    forcing: makes what forces tokens on the answer, anew for each; one that the grammar does not allow is not forced.
+    pieces: the text of each token as the answer's reader wants it (text.spelled); None for the model's own.
     logprobs: how many of the most probable tokens to report beside each token drawn; None for no report, 0 for the
         drawn token's own only.
     replayed: the first ids of the answer, generated elsewhere: they count as part of the answer (max_tokens, usage,
@@ -96,6 +111,8 @@ class Ask:
     deadline: float | None = None
     ignore_eos: bool = False
     grammar: Grammar | None = None
+    forcing: Callable[[], Forcing] | None = field(default=None, repr=False)
+    pieces: Sequence[bytes] | None = field(default=None, repr=False, compare=False)
     logprobs: int | None = None
     replayed: tuple[int, ...] = ()
     retold: bool = False

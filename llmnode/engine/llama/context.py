@@ -17,7 +17,7 @@ so `Batch.fill` checks first.
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
@@ -54,6 +54,7 @@ class LlamaBackend:
         try:
             self._memory = api.llama_get_memory(self._context)
             self.pieces: Sequence[bytes] = model.pieces()
+            self.specials: Mapping[str, int] = model.specials()
             self.end_tokens = model.end_tokens()
             self.found = tuple(devices)
             self.devices = tuple(found.device for found in devices)

@@ -9,7 +9,7 @@ import ctypes
 import os
 import re
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from hashlib import blake2b
 from pathlib import Path
 from typing import Any
@@ -160,15 +160,31 @@ class Model:
 
     def pieces(self) -> list[bytes]:
         """The bytes of every token as text, once: asking at each token would cost 5 us."""
+        return list(self._spelled(range(self._api.llama_vocab_n_tokens(self.vocab)), special=False))
+
+    def specials(self) -> dict[str, int]:
+        """The tokens that are more than a text, by their spelling: those that the vocabulary has as control tokens, and
+        those that its makers have added to it. Of several with one spelling, the first."""
+        api, marked = self._api, self._api.LLAMA_TOKEN_ATTR_CONTROL | self._api.LLAMA_TOKEN_ATTR_USER_DEFINED
+        tokens = [token for token in range(api.llama_vocab_n_tokens(self.vocab)) if self._attributes(token) & marked]
+        names: dict[str, int] = {}
+        for token, spelling in zip(tokens, self._spelled(tokens, special=True), strict=True):
+            names.setdefault(spelling.decode("utf-8", "replace"), token)
+        names.pop("", None)
+        return names
+
+    def _attributes(self, token: int) -> int:
+        attributes: int = self._api.llama_vocab_get_attr(self.vocab, token)
+        return attributes
+
+    def _spelled(self, tokens: Iterable[int], *, special: bool) -> Iterator[bytes]:
         buffer = ctypes.create_string_buffer(1024)
-        pieces = []
-        for token in range(self._api.llama_vocab_n_tokens(self.vocab)):
-            size = self._api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
+        for token in tokens:
+            size = self._api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
             if size < 0:
                 buffer = ctypes.create_string_buffer(-size)
-                size = self._api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, False)
-            pieces.append(buffer.raw[:size])
-        return pieces
+                size = self._api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
+            yield buffer.raw[:size]
 
     def has_classifier(self) -> bool:
         try:
