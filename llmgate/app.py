@@ -28,7 +28,7 @@ from sanic import HTTPResponse, Request, Sanic
 from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
-from llmgate.api import admin, errors, openai, probes
+from llmgate.api import admin, errors, manual, openai, probes, props
 from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
@@ -205,6 +205,17 @@ class Gate:
         )
         stale = settings.stale_after_s
         app.blueprint(openai.blueprint(conversations, door=self._door, view=self._view, started=wall()))
+        app.blueprint(manual.blueprint())
+        app.blueprint(
+            props.blueprint(
+                door=self._door,
+                view=self._view,
+                relay=self._relay,
+                clock=clock,
+                stale_after_s=stale,
+                timeout_s=settings.stall_timeout_s,
+            )
+        )
         app.blueprint(
             admin.blueprint(
                 door=self._door,

@@ -214,7 +214,7 @@ class Relay:
     async def _whole(self, response: Answer, exchange: Exchange) -> Outcome:
         body = await _read(response, BODY_LIMIT)
         exchange.first_content = self._clock()
-        exchange.usage = _usage(body)
+        exchange.usage = Usage.parse(response.headers.get(names.USAGE, "")) or _usage(body)
         exchange.kept = Whole(response.status, _returned(response), body)
         return Outcome(Kind.ANSWERED)
 
@@ -304,8 +304,7 @@ class Relay:
         headers = [(name, value) for name, value in sent if not _NO_VALUE.intersection(value)]
         headers.append((names.REQUEST_ID, exchange.request_id))
         headers.append((names.DEADLINE_MS, str(max(1, int(left * 1000)))))
-        if exchange.stream or exchange.origin:
-            headers.append((names.REPORT_USAGE, "1"))
+        headers.append((names.REPORT_USAGE, "1"))
         if exchange.origin:
             headers.append((names.RESUMABLE, exchange.fixed.header()))
         return headers + self._authorization

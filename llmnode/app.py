@@ -18,8 +18,9 @@ import threading
 import uuid
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from enum import IntEnum
+from functools import partial
 from pathlib import Path
 from string import ascii_letters, digits
 from types import SimpleNamespace
@@ -30,23 +31,31 @@ from sanic import Request, Sanic
 from sanic.config import Config
 from sanic.response import BaseHTTPResponse
 
-from llmnode.api import node, openai
+from llmnode.api import manual, node, openai, props, texts
 from llmnode.api.errors import CLIENT_LEFT, Errors
 from llmnode.api.fleet_token import FleetToken
-from llmnode.api.serving import Served, Serving
-from llmnode.chat.template import ChatTemplate, TemplateError
+from llmnode.api.foreign import Foreign
+from llmnode.api.pooling import Pooling
+from llmnode.api.preparing import Served
+from llmnode.api.serving import Serving
+from llmnode.chat.renderer import Renderer
 from llmnode.engine.backend import Backend, FatalEngineError, ModelLoadError, Room
 from llmnode.engine.fake import FakeBackend
+from llmnode.engine.fake_pooling import FakePooling
 from llmnode.engine.loop import Engine, Limits
+from llmnode.engine.pooling import PoolingBackend, PoolingEngine, PoolingEvent, PoolingLimits, PoolingSink
 from llmnode.engine.snapshot import Snapshot
 from llmnode.engine.types import Event, ModelInfo, Sink
 from llmnode.service import tls
+from llmnode.service.confined import Limits as WorkLimits
+from llmnode.service.confined import StartError
 from llmnode.service.connection import Connection
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError
 from llmnode.settings import HANDBOOK, Settings
-from llmnode.wire import headers, resume
+from llmnode.wire import dialect, headers, resume
+from llmnode.wire.errors import ApiError
 from llmnode.wire.node import State
 
 if TYPE_CHECKING:
@@ -63,10 +72,13 @@ QUIET_PATHS = OPEN_PATHS | {"/node"}
 
 FAKE_CONTEXT = 4096
 FAKE_SPARE_ROWS = 16
+FAKE_POOLING_CONTEXT = 512
 _MOST_HOST_CACHE = 8 << 30
 _GATHER_S = 0.02
 """Tokens of steps shorter than this go to their readers together; nobody reads more than 50 pieces a second."""
 _REQUEST_ID_CHARACTERS = frozenset(ascii_letters + digits + "._-")
+_PREPARING = 4
+"""Requests whose prompts are made at the same time, each with a process for its template."""
 _STATUS_EVERY_S = 5.0
 _LOAD_EXTENSION_S = 120.0
 _LAST_WORDS_S = 2.0
@@ -98,7 +110,7 @@ def run(
     model's own.
     """
     settings = loaded.values
-    executor = ThreadPoolExecutor(max_workers=2, thread_name_prefix="prompt")
+    executor = ThreadPoolExecutor(max_workers=_PREPARING, thread_name_prefix="prompt")
     serving = Serving(settings, release=release(), config=loaded.digest, executor=executor)
     app = _app(serving, token)
     life = Life(app, serving, Notifier(), context, template)
@@ -117,6 +129,17 @@ def run(
     return life.exit
 
 
+def purpose(settings: Settings) -> str:
+    """What the model is to do: generate, embed or rerank. Raises ModelLoadError."""
+    if settings.kind != "auto":
+        return settings.kind
+    if settings.backend == "fake" or settings.model is None:
+        return "generate"
+    from llmnode.engine import llama
+
+    return llama.purpose(settings.model)
+
+
 def load_backend(settings: Settings, progress: Callable[[float], None]) -> Backend:
     """The backend that the settings ask for. `progress` is called with 0..1. Raises ModelLoadError."""
     if settings.backend == "fake" or settings.model is None:
@@ -131,24 +154,45 @@ def load_backend(settings: Settings, progress: Callable[[float], None]) -> Backe
     return llama.load(_llama_options(settings, settings.model), progress)
 
 
+def load_pooling(settings: Settings, purpose: str, progress: Callable[[float], None]) -> PoolingBackend:
+    """The same of a model that is to embed or rerank."""
+    if settings.backend == "fake" or settings.model is None:
+        n_ctx = settings.n_ctx or FAKE_POOLING_CONTEXT
+        n_batch = max(settings.n_batch, n_ctx)
+        kind = "rank" if purpose == "rerank" else settings.pooling.replace("model", "mean")
+        return FakePooling(Room(settings.slots, n_ctx, n_batch, n_batch), pooling=kind)
+    from llmnode.engine import llama
+
+    return llama.load_pooling(_pooling_options(settings, settings.model, purpose), progress)
+
+
 @dataclass(frozen=True)
 class Planned:
-    """What `load_backend` would make of the settings. memory: the arithmetic, line by line; fits: what it comes to."""
+    """What `load_backend` or `load_pooling` would make of the settings. memory: the arithmetic, line by line; fits:
+    what it comes to.    pooling: of a model that embeds or reranks, "" for one that generates."""
 
     info: ModelInfo
     room: Room
     chosen: str
     memory: tuple[str, ...]
     fits: bool
+    pooling: str = ""
 
 
 def plan(settings: Settings) -> Planned:
     """What `load_backend` would load, found out without reading weights. Raises ModelLoadError."""
+    wanted = purpose(settings)
     if settings.backend == "fake" or settings.model is None:
-        backend = load_backend(settings, lambda done: None)
-        return Planned(backend.info, backend.room, "a fake model, which computes nothing", (), True)
+        nothing = "a fake model, which computes nothing"
+        if wanted == "generate":
+            backend = load_backend(settings, lambda done: None)
+            return Planned(backend.info, backend.room, nothing, (), True)
+        pooling = load_pooling(settings, wanted, lambda done: None)
+        return Planned(pooling.info, pooling.room, nothing, (), True, pooling.pooling)
     from llmnode.engine import llama
 
+    if wanted != "generate":
+        return _plan_pooling(settings, settings.model, wanted)
     found = llama.estimate(_llama_options(settings, settings.model))
     chosen = found.chosen
     text = (
@@ -158,6 +202,15 @@ def plan(settings: Settings) -> Planned:
         f"{'one cache for all sequences' if chosen.kv_unified else 'a part of the cache for each sequence'}"
     )
     return Planned(found.info, found.room, text, tuple(found.fit.lines()), found.fit.fits)
+
+
+def _plan_pooling(settings: Settings, path: Path, wanted: str) -> Planned:
+    from llmnode.engine import llama
+
+    options = _pooling_options(settings, path, wanted)
+    found = llama.estimate_pooling(options)
+    runs_on = ", ".join(found.devices)
+    return Planned(found.info, found.room, runs_on, tuple(found.fit.lines()), found.fit.fits, found.pooling)
 
 
 class NodeApp(Sanic[Config, SimpleNamespace]):
@@ -206,6 +259,13 @@ def _llama_options(settings: Settings, path: Path) -> LlamaOptions:
     )
 
 
+def _pooling_options(settings: Settings, path: Path, purpose: str) -> LlamaOptions:
+    """A model that generates has no words on pooling, and one that embeds may be made to pool otherwise; a score comes
+    from a classifier only."""
+    pooling = "rank" if purpose == "rerank" else settings.pooling
+    return replace(_llama_options(settings, path), pooling=pooling)
+
+
 def limits(settings: Settings) -> Limits:
     """What the settings allow the engine."""
     host = settings.prompt_cache_bytes
@@ -232,6 +292,21 @@ def chosen(settings: Settings) -> dict[str, str]:
         if not settings.threads_batch:
             found["threads_batch"] = str(threads)
     return found
+
+
+def foreign(settings: Settings, info: ModelInfo, template: str, controls: Sequence[str] = ()) -> Foreign:
+    """The processes for what comes from model files and clients and may cost anything. controls: spellings of the
+    model's control tokens. Raises StartError."""
+    setup = {
+        "source": template,
+        "bos": info.bos,
+        "eos": info.eos,
+        "controls": controls,
+        "grammar_bytes": max(settings.max_grammar_bytes, settings.max_schema_bytes),
+    }
+    made = Foreign(setup, WorkLimits(settings.template_timeout_s, settings.template_memory_bytes))
+    made.start()
+    return made
 
 
 def _snapshot(settings: Settings, backend: Backend) -> Snapshot | None:
@@ -265,15 +340,21 @@ def _app(serving: Serving, token: FleetToken | None) -> NodeApp:
     async def ask_for_token(request: Request) -> None:
         unreadable = not hasattr(request.ctx, "request_id")  # Sanic's stand-in for what was no HTTP: it gets its 400
         if token is not None and not unreadable and request.path not in OPEN_PATHS:
-            token.check(request.headers.get("authorization"))
+            key = request.headers.get("x-api-key")
+            token.check(request.headers.get("authorization") or (key and f"Bearer {key}"))
 
     @app.on_response  # type: ignore[untyped-decorator]
     async def echo_request_id(request: Request, response: BaseHTTPResponse) -> None:
         request.ctx.status = response.status
-        response.headers[headers.REQUEST_ID] = getattr(request.ctx, "request_id", "-")
+        response.headers.update(
+            dialect.of(request.path, request.headers).named(getattr(request.ctx, "request_id", "-"))
+        )
 
     app.blueprint(node.blueprint(serving))
     app.blueprint(openai.blueprint(serving))
+    app.blueprint(texts.blueprint(serving))
+    app.blueprint(props.blueprint(serving))
+    app.blueprint(manual.blueprint())
     return app
 
 
@@ -320,51 +401,78 @@ class Life:
         def progress(share: float) -> None:
             self._serving.progress = share
 
-        def deliver(events: Sequence[tuple[Sink, Event]]) -> None:
-            _call(loop, _hand_out, events)
-
-        def on_fatal(error: FatalEngineError) -> None:
-            _call(loop, self._fail, Exit.ENGINE, str(error))
-
         settings = self._serving.settings
         try:
-            backend = load_backend(settings, progress)
-            info = backend.info
-            source = info.chat_template if self._template is None else self._template
-            template = ChatTemplate(source, bos=info.bos, eos=info.eos)
-            bos = tuple(backend.tokenize(info.bos, special=True)) if info.bos else ()
-            engine = Engine(
-                backend,
-                limits(settings),
-                deliver=deliver,
-                on_fatal=on_fatal,
-                snapshot=_snapshot(settings, backend),
-            )
-            engine.start()
-        except (ModelLoadError, TemplateError) as error:
+            wanted = purpose(settings)
+            _call(loop, self._serving.meant, wanted)
+            loaded = self._generating(loop, progress) if wanted == "generate" else self._pooling(loop, wanted, progress)
+        except ModelLoadError as error:
             _call(loop, self._fail, Exit.MODEL, str(error))
+        except (StartError, ApiError) as error:
+            _call(loop, self._fail, Exit.MODEL, f"the process that renders chat templates: {error}")
         except Exception as error:
             log.exception("loading failed")
             _call(loop, self._fail, Exit.MODEL, f"loading failed: {error}")
         else:
-            served = Served(engine, backend, template, bos)
-            served.grammars.prepare()  # up to a second for a large vocabulary, during which nothing else can run
-            _call(loop, self._loaded, served)
+            _call(loop, self._loaded, loaded)
 
-    def _loaded(self, served: Served) -> None:
-        self._serving.ready(served)
+    def _generating(self, loop: asyncio.AbstractEventLoop, progress: Callable[[float], None]) -> Served:
+        def deliver(events: Sequence[tuple[Sink, Event]]) -> None:
+            _call(loop, _hand_out, events)
+
+        settings = self._serving.settings
+        backend = load_backend(settings, progress)
+        info = backend.info
+        source = info.chat_template if self._template is None else self._template
+        controls = [text for text, id in backend.specials.items() if not backend.pieces[id]]
+        elsewhere = foreign(settings, info, source, controls)
+        renderer = Renderer(source, elsewhere.template)
+        bos = tuple(backend.tokenize(info.bos, special=True)) if info.bos else ()
+        engine = Engine(
+            backend,
+            limits(settings),
+            deliver=deliver,
+            on_fatal=partial(self._on_fatal, loop),
+            snapshot=_snapshot(settings, backend),
+        )
+        engine.start()
+        served = Served(engine, backend, renderer, bos, elsewhere.try_grammar)
+        served.grammars.prepare()  # up to a second for a large vocabulary, during which nothing else can run
+        return served
+
+    def _pooling(self, loop: asyncio.AbstractEventLoop, purpose: str, progress: Callable[[float], None]) -> Pooling:
+        def deliver(events: Sequence[tuple[PoolingSink, PoolingEvent]]) -> None:
+            _call(loop, _hand_out_pooled, events)
+
+        settings = self._serving.settings
+        backend = load_pooling(settings, purpose, progress)
+        allowed = PoolingLimits(queue_limit=max(PoolingLimits().queue_limit, 2 * settings.max_texts))
+        engine = PoolingEngine(backend, allowed, deliver=deliver, on_fatal=partial(self._on_fatal, loop))
+        engine.start()
+        return Pooling(engine, backend)
+
+    def _on_fatal(self, loop: asyncio.AbstractEventLoop, error: FatalEngineError) -> None:
+        _call(loop, self._fail, Exit.ENGINE, str(error))
+
+    def _loaded(self, loaded: Served | Pooling) -> None:
+        self._serving.ready(loaded)
         if self._serving.state is not State.READY:
             return
-        room = served.backend.room
-        if served.template.is_default:
-            log.warning("the model brings no chat template: using ChatML; set chat_template_file for another")
-        log.info(
-            "ready: model %s, %d slots, %d tokens a request, %d cells",
-            self._serving.settings.served_id,
-            room.slots,
-            room.n_ctx,
-            room.kv_cells,
-        )
+        room, name = loaded.backend.room, self._serving.settings.served_id
+        if isinstance(loaded, Pooling):
+            log.info(
+                "ready: model %s for %s, %d texts at once, %d tokens each",
+                name,
+                loaded.kinds[0],
+                room.slots,
+                room.n_ctx,
+            )
+        else:
+            if loaded.renderer.is_default:
+                log.warning("the model brings no chat template: using ChatML; set chat_template_file for another")
+            log.info(
+                "ready: model %s, %d slots, %d tokens a request, %d cells", name, room.slots, room.n_ctx, room.kv_cells
+            )
         self._notifier.ready(self._serving.status_line())
 
     def _fail(self, code: Exit, why: str) -> None:
@@ -491,6 +599,11 @@ def _call(loop: asyncio.AbstractEventLoop, function: Any, *arguments: Any) -> No
 
 
 def _hand_out(events: Sequence[tuple[Sink, Event]]) -> None:
+    for sink, event in events:
+        sink(event)
+
+
+def _hand_out_pooled(events: Sequence[tuple[PoolingSink, PoolingEvent]]) -> None:
     for sink, event in events:
         sink(event)
 

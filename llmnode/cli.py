@@ -14,12 +14,16 @@ from typing import NoReturn
 
 from llmnode import app
 from llmnode.api.fleet_token import FleetToken, FleetTokenError
+from llmnode.chat.format import Format
+from llmnode.chat.renderer import Renderer
 from llmnode.chat.template import ChatTemplate, TemplateError
 from llmnode.engine.backend import ModelLoadError
 from llmnode.service import logs, tls
+from llmnode.service.confined import StartError
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError, add_flags, listing, load, markdown, printed, rows
 from llmnode.settings import PREFIX, Settings, read
+from llmnode.wire.errors import ApiError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,21 +59,42 @@ def _check(settings: Settings, template: str | None) -> int:
     try:
         planned = app.plan(settings)
         info, room = planned.info, planned.room
-        chat = ChatTemplate(info.chat_template if template is None else template, bos=info.bos, eos=info.eos)
-    except (ModelLoadError, TemplateError) as error:
+        chat = None
+        if not planned.pooling:
+            source = info.chat_template if template is None else template
+            elsewhere = app.foreign(settings, info, source)
+            chat = Renderer(source, elsewhere.template)
+            elsewhere.close()
+    except ModelLoadError as error:
         return _complain(error, app.Exit.MODEL)
-    origin = "none in the file, so ChatML" if chat.is_default else "the model's own"
+    except (StartError, ApiError) as error:
+        return _complain(f"the process that renders chat templates: {error}", app.Exit.MODEL)
     lines = {
         "model": f"{settings.served_id} ({info.name}, {info.architecture})",
         "listens on": f"{settings.host} port {settings.port}",
         "TLS": _tls(settings),
         "fleet token": str(settings.fleet_token_file or "not needed on loopback"),
-        "chat template": str(settings.chat_template_file or origin),
-        "slots": f"{room.slots}, each with {room.n_ctx} tokens at most (trained for {info.n_ctx_train})",
-        "cache": f"{room.kv_cells} cells, {'shared by' if room.unified else 'in parts for'} {room.sequences} sequences",
-        "runs on": planned.chosen,
-        "prompt cache": f"{app.limits(settings).host_bytes / 2**20:,.1f} MiB of host RAM at most, beside what follows",
     }
+    if chat is None:
+        what = "documents to scores" if planned.pooling == "rank" else f"texts to vectors (pooling {planned.pooling})"
+        lines |= {
+            "makes": what,
+            "texts": f"{room.sequences} at once, each of {room.n_ctx} tokens at most (trained for {info.n_ctx_train})",
+            "runs on": planned.chosen,
+        }
+    else:
+        origin = "none in the file, so ChatML" if chat.is_default else "the model's own"
+        held_by = f"{'shared by' if room.unified else 'in parts for'} {room.sequences} sequences"
+        host_cache = app.limits(settings).host_bytes / 2**20
+        lines |= {
+            "chat template": str(settings.chat_template_file or origin),
+            "tools": _calls(chat.format),
+            "reasoning": "told apart from the answer" if chat.format.thinking else "none that its template shows",
+            "slots": f"{room.slots}, each with {room.n_ctx} tokens at most (trained for {info.n_ctx_train})",
+            "cache": f"{room.kv_cells} cells, {held_by}",
+            "runs on": planned.chosen,
+            "prompt cache": f"{host_cache:,.1f} MiB of host RAM at most, beside what follows",
+        }
     for name, value in lines.items():
         print(f"{name + ':':<15} {value}")
     for line in planned.memory:
@@ -102,6 +127,12 @@ def _leave(code: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(code)
+
+
+def _calls(format: Format) -> str:
+    if format.generic:
+        return f"by a format of ours, since {format.why}"
+    return f"none: {format.why}" if format.calls is None else "by the model's own format, derived from its template"
 
 
 def _tls(settings: Settings) -> str:

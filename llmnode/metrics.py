@@ -7,7 +7,7 @@ so nothing is kept twice.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from operator import attrgetter
 
 import psutil
@@ -15,6 +15,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
 
+from llmnode.engine.pooling import Pooled
 from llmnode.engine.types import Done, Event, Failed, Stats, Text, Timings
 from llmnode.wire.node import Host, Usage
 
@@ -109,9 +110,9 @@ class Metrics:
             "llmnode_reported_blocks", "Hashes of prefixes in the last answer to /node", registry=self._registry
         ).set_function(reported)
 
-    def meter(self, choices: int = 1) -> Meter:
-        """Begin to measure the answers to one request."""
-        return Meter(self, self._clock, choices)
+    def meter(self, choices: int = 1, prompts: int = 1) -> Meter:
+        """Begin to measure the answers to one request: so many, to so many prompts."""
+        return Meter(self, self._clock, choices, prompts)
 
     def count(self, usage: Usage) -> None:
         """A request has ended that cost so much."""
@@ -127,13 +128,14 @@ class Metrics:
 class Meter:
     """Follows the events of one request's choices. `first_token_s` and `usage` are for the log, None until known."""
 
-    def __init__(self, metrics: Metrics, clock: Callable[[], float], choices: int) -> None:
+    def __init__(self, metrics: Metrics, clock: Callable[[], float], choices: int, prompts: int) -> None:
         self._metrics = metrics
         self._clock = clock
         self._choices = choices
+        self._prompts = prompts
         self._began = clock()
         self._last: dict[int, float] = {}
-        self._usages: list[Usage] = []
+        self._usages: dict[int, Usage] = {}
         self.first_token_s: float | None = None
         self.usage: Usage | None = None
 
@@ -151,20 +153,30 @@ class Meter:
                 self._metrics._first.observe(self.first_token_s)
         elif isinstance(event, Done):
             self._metrics._queued.observe(event.queued_s)
-            self._usages.append(event.usage)
+            self._usages[choice] = event.usage
             if len(self._usages) == self._choices:
-                self.usage = total(self._usages)
+                self.usage = total(self._usages, self._prompts)
                 self._metrics.count(self.usage)
         else:
             assert isinstance(event, Failed)
 
+    def pooled(self, pooled: Pooled) -> None:
+        """The request was for vectors, and these are they."""
+        self._metrics._queued.observe(pooled.queued_s)
+        self.usage = Usage(prompt_tokens=pooled.tokens)
+        self._metrics.count(self.usage)
 
-def total(choices: Sequence[Usage]) -> Usage:
-    """What a request cost: its prompt counts once, and as cached what no choice had to compute."""
+
+def total(answers: Mapping[int, Usage], prompts: int = 1) -> Usage:
+    """What a request cost, of the cost of each of its answers, as many of each prompt in turn: a prompt counts once,
+    and as cached what no answer to it had to compute."""
+    usages = [usage for _, usage in sorted(answers.items())]
+    size = max(1, len(usages) // prompts)
+    each = [usages[start : start + size] for start in range(0, len(usages), size)]
     return Usage(
-        prompt_tokens=max(usage.prompt_tokens for usage in choices),
-        cached_tokens=min(usage.cached_tokens for usage in choices),
-        completion_tokens=sum(usage.completion_tokens for usage in choices),
+        prompt_tokens=sum(max(usage.prompt_tokens for usage in part) for part in each),
+        cached_tokens=sum(min(usage.cached_tokens for usage in part) for part in each),
+        completion_tokens=sum(usage.completion_tokens for usage in usages),
     )
 
 

@@ -15,6 +15,8 @@ from llmnode.service.settings import Loaded, SettingError, load, setting
 
 PREFIX = "LLMNODE_"
 CACHE_TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
+KINDS = ("auto", "generate", "embed", "rerank")
+POOLINGS = ("model", "none", "mean", "cls", "last")
 HANDBOOK = Path(__file__).resolve().parent / "handbook" / "handbook.gguf"
 """The model that comes with llmrack: it knows llmrack and nothing else (docs/model-card.md)."""
 
@@ -40,6 +42,20 @@ class Settings:
     model: Path | None = setting(None, "the GGUF file to serve; none: the handbook model that comes with llmrack")
     model_id: str = setting("", "name that clients use for the model; empty: the file's name without .gguf")
     aliases: tuple[str, ...] = setting((), "other names that clients may use for it")
+    kind: str = setting(
+        "auto",
+        "what the model is to do: generate text, embed texts, or rerank documents; auto: what it was made for",
+        choices=KINDS,
+    )
+    pooling: str = setting(
+        "model", "how an embedding model makes one vector of a text; model: as its file says", choices=POOLINGS
+    )
+    matryoshka: bool = setting(
+        False, "its vectors may be cut (it was trained so): clients may ask for fewer `dimensions`"
+    )
+    max_texts: int = setting(
+        2048, "texts to embed, or documents to rerank, in one request", minimum=1, maximum=1_000_000
+    )
     chat_template_file: Path | None = setting(None, "Jinja chat template to use in place of the model's own")
     n_ctx: int = setting(
         0, "tokens that one request may hold; 0: what the model was trained for, 4096 at most", unit="tokens", minimum=0
@@ -94,6 +110,26 @@ class Settings:
     max_tokens: int = setting(0, "tokens that one answer may have; 0: up to the context", unit="tokens", minimum=0)
     request_timeout_s: float = setting(600.0, "time for one request", unit="seconds", minimum=1)
     drain_seconds: float = setting(60.0, "time that running answers get after SIGTERM", unit="seconds", minimum=0)
+    max_choices: int = setting(16, "answers to one request (n)", minimum=1, maximum=128)
+    max_stops: int = setting(16, "stop strings of one request", minimum=1, maximum=1024)
+    max_stop_characters: int = setting(256, "characters of one stop string", minimum=1)
+    max_logit_bias: int = setting(1024, "tokens that logit_bias may name", minimum=1)
+    max_messages: int = setting(4096, "messages of one chat", minimum=1)
+    max_tools: int = setting(256, "tools of one chat", minimum=1)
+    max_schema_bytes: int = setting(
+        64 * 1024, "a JSON schema of a request, or of one of its tools", unit="bytes", minimum=1
+    )
+    max_schema_depth: int = setting(64, "how deep such a schema may be nested", minimum=1, maximum=500)
+    max_grammar_bytes: int = setting(64 * 1024, "a grammar of a request", unit="bytes", minimum=1)
+    request_templates: bool = setting(
+        False, "take chat_template from requests: code of clients, which runs in a process with the limits below"
+    )
+    template_timeout_s: float = setting(
+        5.0, "time for rendering a chat template, or for trying a grammar", unit="seconds", minimum=0.1, maximum=600
+    )
+    template_memory_bytes: int = setting(
+        512 << 20, "address space of the process that does this", unit="bytes", minimum=256 << 20
+    )
     body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)
     strict_fields: bool = setting(
         False, "refuse request fields that have no effect, where they are otherwise named only"
@@ -139,6 +175,8 @@ def _check(settings: Settings) -> None:
         )
     if settings.cache_type_v.startswith("q") and settings.flash_attn == "off":
         raise SettingError(f"cache_type_v ({settings.cache_type_v}) needs flash attention, and flash_attn is off")
+    if settings.kind in ("generate", "rerank") and settings.pooling != "model":
+        raise SettingError(f"pooling ({settings.pooling}) is for models that embed, and kind is {settings.kind}")
     if settings.tensor_split and settings.devices and len(settings.tensor_split) != len(settings.devices):
         raise SettingError(
             f"tensor_split has {len(settings.tensor_split)} shares and devices has {len(settings.devices)} entries"

@@ -5,6 +5,7 @@
     gemma3     sliding windows of 64 tokens beside full attention
     bert       an encoder that embeds: mean pooling, a vocabulary of its own (30,522 word pieces)
     reranker   the same encoder with a classifier: one score for a pair of texts
+    coder      a Llama with control tokens to fill in with
 
 Names and shapes of tensors and keys: src/models/*.cpp of the pinned llama.cpp. All have 64 dimensions, the generating
 ones Phi-3's vocabulary and logits of standard deviation 2.5, as tests/tiny_model.py explains.
@@ -23,6 +24,8 @@ from tests import tiny_model
 WIDTH, HIDDEN, LAYERS, HEADS, KV_HEADS, CONTEXT = 64, 176, 4, 4, 2, 2048
 HEAD = WIDTH // HEADS
 WINDOW = 64
+FILL_IN = {"pre": 32002, "suf": 32003, "mid": 32004, "rep": 32005, "sep": 32008}
+"""Tokens of the vocabulary that stand for nothing else."""
 
 
 class Weights:
@@ -177,6 +180,27 @@ def _bert(path: Path, *, ranks: bool = False) -> None:
     file.close()
 
 
+def _coder(path: Path) -> None:
+    file = Weights(path, "llama")
+    file.writer.add_feed_forward_length(HIDDEN)
+    file.writer.add_head_count(HEADS)
+    file.writer.add_head_count_kv(KV_HEADS)
+    file.writer.add_layer_norm_rms_eps(1e-5)
+    file.writer.add_rope_dimension_count(HEAD)
+    for name, token in FILL_IN.items():
+        file.writer.add_uint32(f"tokenizer.ggml.fim_{name}_token_id", token)
+    file.matrix("token_embd.weight", file.tokens, WIDTH, 1.0)
+    file.matrix("output.weight", file.tokens, WIDTH, 2.5 / WIDTH**0.5)
+    file.values("output_norm.weight", WIDTH)
+    for layer in range(LAYERS):
+        block = f"blk.{layer}."
+        file.values(block + "attn_norm.weight", WIDTH)
+        file.attention(block)
+        file.values(block + "ffn_norm.weight", WIDTH)
+        file.feed_forward(block)
+    file.close()
+
+
 def _norm(file: Weights, name: str) -> None:
     file.values(f"{name}.weight", WIDTH)
     file.values(f"{name}.bias", WIDTH, 0.0)
@@ -188,6 +212,7 @@ KINDS: dict[str, Callable[[Path], None]] = {
     "gemma3": _gemma3,
     "bert": _bert,
     "reranker": lambda path: _bert(path, ranks=True),
+    "coder": _coder,
 }
 
 

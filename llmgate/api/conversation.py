@@ -12,6 +12,7 @@ next. Here is what those decisions take: clock, dice, the fleet as it is now, an
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Callable, Coroutine, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -35,8 +36,8 @@ from llmgate.metrics import UNKNOWN, Metrics
 from llmgate.relay import Exchange, Relay, Whole
 from llmgate.settings import Settings
 from llmgate.waiting import NobodyReady, Turn, TurnedAway, Visit, Waiting
+from llmnode.wire import dialect
 from llmnode.wire import headers as names
-from llmnode.wire import sse
 from llmnode.wire.errors import ApiError, DeadlineExceeded, InvalidRequest, Overloaded
 from llmnode.wire.resume import Fixed
 
@@ -152,9 +153,9 @@ class Conversations:
         record.key = key.name
         body = _read(request.body)
         fleet = self._view.fleet
-        asked = _asked(body, fleet, key)
+        asked = _asked(body, fleet, key, kinds)
         record.model = asked[:_LONGEST_NAME]
-        record.stream = body.get("stream") is True
+        record.stream = body.get("stream") is True and request.path not in policy.WHOLE
         ask = Ask(asked, kinds, Prompt(body, request.path), record.id, self._dice(), key)
         choice = self._choose(ask)
         record.route = choice.why
@@ -266,7 +267,7 @@ class Conversations:
             exchange.sent = self._clock()
             if not client.begun:
                 await client.begin(200, _EVENT_STREAM)
-            await client.send(sse.KEEPALIVE)
+            await client.send(dialect.of(exchange.path).keepalive)
 
     async def _try(self, step: Try, talk: _Talk) -> Outcome:
         exchange, record = talk.exchange, talk.record
@@ -313,7 +314,7 @@ class Conversations:
     def _begin(self, node: Node, talk: _Talk) -> Coroutine[Any, Any, Outcome]:
         choice, exchange = talk.choice, talk.exchange
         exchange.body = talk.body if choice.name == talk.ask.model else bodies.renamed(talk.body, choice.name)
-        exchange.origin = origin_of(node, choice.name)
+        exchange.origin = None if exchange.path in policy.WHOLE else origin_of(node, choice.name)
         return self._relay.begin(node.url, exchange, talk.client)
 
     def _resume(self, node: Node, talk: _Talk) -> Coroutine[Any, Any, Outcome]:
@@ -325,7 +326,8 @@ class Conversations:
         return choice.sent(to, talk.record.id, now) if to else None
 
     async def _conclude(self, verdict: Verdict, talk: _Talk) -> HTTPResponse | None:
-        """Say the end: as a status while that is possible, else as the stream's last event, without [DONE]."""
+        """Say the end: as a status while that is possible, else as the stream's last event, after which it
+        does not end as a whole one does."""
         exchange, client, record = talk.exchange, talk.client, talk.record
         for pause in exchange.pauses:
             self._metrics.pause.labels(record.model).observe(pause)
@@ -336,14 +338,14 @@ class Conversations:
                 raise verdict.error
             assert exchange.kept is not None, "an answer is either streamed or kept"
             record.ended(exchange.kept.status, "refused" if verdict.hand_on else "done")
-            return self._handed_on(exchange.kept, client.node, spent=verdict.spent)
+            return self._handed_on(_worded(exchange.kept, exchange.path), client.node, spent=verdict.spent)
         if verdict.error:
             record.ended(200, verdict.error.code or "failed")
-            await client.send(sse.event(verdict.error.body()))
+            await client.send(dialect.of(exchange.path).error_event(verdict.error.body()))
         elif verdict.hand_on:
             record.ended(200, "stream_broken" if verdict.lost else "refused")
             assert exchange.kept is not None, "what is handed on was kept"
-            await client.send(b"data: " + exchange.kept.body + b"\n\n")
+            await client.send(_broken_off(exchange.kept, exchange.path))
         else:
             record.ended(200, "done")
         await client.end()
@@ -367,10 +369,30 @@ class Conversations:
             self._metrics.predicted.labels(model).inc(record.predicted or 0)
 
 
-def visible(fleet: Fleet, key: Key) -> list[str]:
-    """The models of the fleet that the key may use, by id."""
+def visible(fleet: Fleet, key: Key, kinds: frozenset[str] = frozenset()) -> list[str]:
+    """The models of the fleet that the key may use, by id; of these kinds alone, if any are named."""
     models = (m for node in fleet.nodes.values() for m in (node.report.models if node.report else ()))
-    return sorted({m.id for m in models if key.may_use(m.id, *m.aliases)})
+    found = (m for m in models if not kinds or kinds.intersection(m.kinds))
+    return sorted({m.id for m in found if key.may_use(m.id, *m.aliases)})
+
+
+def _worded(kept: Whole, path: str) -> Whole:
+    """An answer read whole; an error in its endpoint's words, since one of /resume is not."""
+    words = dialect.of(path)
+    if kept.status < 400 or words is dialect.OPENAI:
+        return kept
+    try:
+        return replace(kept, body=json.dumps(words.error(json.loads(kept.body))).encode())
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return kept
+
+
+def _broken_off(kept: Whole, path: str) -> bytes:
+    """A node's error as the last event of a stream; what is no error in a shape that we know goes on as it is."""
+    try:
+        return dialect.of(path).error_event(json.loads(kept.body))
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return b"data: " + kept.body + b"\n\n"
 
 
 def _read(body: bytes) -> dict[str, Any]:
@@ -380,9 +402,9 @@ def _read(body: bytes) -> dict[str, Any]:
         raise InvalidRequest(f"the request body {error}", code="invalid_json") from error
 
 
-def _asked(body: Mapping[str, Any], fleet: Fleet, key: Key) -> str:
-    """The model asked for, of those that the key may use the only one when none is named."""
-    served = visible(fleet, key) if body.get("model") is None else []
+def _asked(body: Mapping[str, Any], fleet: Fleet, key: Key, kinds: frozenset[str]) -> str:
+    """The model asked for; when none is named, the only one of these kinds, or else of all, that the key may use."""
+    served = (visible(fleet, key, kinds) or visible(fleet, key)) if body.get("model") is None else []
     try:
         return bodies.asked(body, served)
     except bodies.ModelMissing as error:

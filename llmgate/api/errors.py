@@ -10,6 +10,7 @@ from sanic.exceptions import SanicException
 from sanic.response import BaseHTTPResponse, json
 
 from llmgate.api.door import request_id
+from llmnode.wire import dialect
 from llmnode.wire import headers as names
 from llmnode.wire.errors import (
     ApiError,
@@ -38,7 +39,8 @@ def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
         return response(request, ApiError("the gate failed to handle this request; its log has the reason"))
 
     async def stamp(request: Request, answer: BaseHTTPResponse) -> HTTPResponse | None:
-        answer.headers.setdefault(names.REQUEST_ID, request_id(request))
+        for name, value in dialect.of(request.path, request.headers).named(request_id(request)).items():
+            answer.headers.setdefault(name, value)
         return None
 
     app.error_handler.add(ApiError, known)
@@ -49,10 +51,11 @@ def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
 
 def response(request: Request, error: ApiError) -> HTTPResponse:
     """The answer for an error. `request.ctx.spent` says that the gate has used its own retries up."""
-    headers = error.headers() | {names.REQUEST_ID: request_id(request)}
+    words, id = dialect.of(request.path, request.headers), request_id(request)
+    headers = error.headers() | words.named(id)
     if getattr(request.ctx, "spent", False):
         headers[names.SHOULD_RETRY] = "false"
-    return json(error.body(), status=error.status, headers=headers)
+    return json(words.error(error.body(), id), status=error.status, headers=headers)
 
 
 def translate(error: SanicException, request: Request, body_limit_bytes: int) -> ApiError:

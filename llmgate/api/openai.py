@@ -1,4 +1,4 @@
-"""What clients may ask: chat, completions, inference and the list of models."""
+"""What clients may ask of models: everything that `core/policy.py` knows a use for, and the list of models."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from sanic.response import json as json_response
 
 from llmgate.api.conversation import Conversations, visible
 from llmgate.api.door import Door
-from llmgate.core.fleet import View
+from llmgate.core.fleet import Fleet, View
 from llmgate.core.keys import require_model
-from llmgate.core.policy import CHAT, COMPLETION, EITHER
+from llmgate.core.policy import USES
+from llmnode.wire import cards
 from llmnode.wire.errors import ModelNotFound
 
 
@@ -19,21 +20,18 @@ def blueprint(conversations: Conversations, *, door: Door, view: View, started: 
     """`started`: seconds since the epoch, which stands for `created` in the list of models."""
     routes = Blueprint("openai")
 
-    async def chat(request: Request) -> HTTPResponse | None:
-        return await conversations.handle(request, CHAT)
+    async def ask(request: Request) -> HTTPResponse | None:
+        return await conversations.handle(request, USES[request.path])
 
-    async def completions(request: Request) -> HTTPResponse | None:
-        return await conversations.handle(request, COMPLETION)
-
-    async def inference(request: Request) -> HTTPResponse | None:
-        return await conversations.handle(request, EITHER)
-
-    def card(model: str) -> dict[str, Any]:
-        return {"id": model, "object": "model", "created": int(started), "owned_by": "llmrack"}
+    def card(fleet: Fleet, id: str, name: str) -> dict[str, Any]:
+        """Of the nodes that serve it the one that has loaded it knows more than the others."""
+        served = [model for node in fleet.nodes.values() if (model := node.model(id))]
+        return max(served, key=lambda model: model.state == "ready").card(name, int(started))
 
     async def models(request: Request) -> HTTPResponse:
-        key = door.who(request)
-        return json_response({"object": "list", "data": [card(m) for m in visible(view.fleet, key)]})
+        key, fleet = door.who(request), view.fleet
+        found = [card(fleet, id, id) for id in visible(fleet, key)]
+        return json_response(cards.listed(found, anthropic=cards.ANTHROPIC_VERSION in request.headers))
 
     async def model(request: Request, name: str) -> HTTPResponse:
         key, fleet = door.who(request), view.fleet
@@ -41,11 +39,12 @@ def blueprint(conversations: Conversations, *, door: Door, view: View, started: 
         if found is None:
             raise ModelNotFound(name, visible(fleet, key))
         require_model(key, name, found)
-        return json_response(card(found))
+        anthropic = cards.ANTHROPIC_VERSION in request.headers
+        return json_response(cards.card(card(fleet, found, found), anthropic=anthropic))
 
-    routes.add_route(chat, "/v1/chat/completions", methods=["POST"])
-    routes.add_route(completions, "/v1/completions", methods=["POST"])
-    routes.add_route(inference, "/inference", methods=["POST"])
+    for path in USES:
+        routes.add_route(ask, path, methods=["POST"], name=path.strip("/").replace("/", "_").replace("-", "_"))
     routes.add_route(models, "/v1/models", methods=["GET"])
+    routes.add_route(models, "/models", methods=["GET"], name="models_of_llama_server")
     routes.add_route(model, "/v1/models/<name:path>", methods=["GET"])
     return routes

@@ -45,7 +45,7 @@ from llmgate.core.keys import ANONYMOUS, Key
 from llmgate.core.prediction import Sent
 from llmgate.core.prompt import NOTHING, Prompt
 from llmgate.listing import Canary, Route
-from llmnode.wire.errors import ApiError, ModelNotFound, Overloaded
+from llmnode.wire.errors import ApiError, ModelNotFound, Overloaded, WrongKind
 
 NO_NODE_RETRY_S = 1.0
 """`Retry-After` when no node is ready, in seconds: nodes are polled about that often."""
@@ -57,13 +57,39 @@ _SHOWN = 4
 
 CHAT = frozenset({"chat"})
 COMPLETION = frozenset({"completion"})
+INFILL = frozenset({"infill"})
+EMBEDDING = frozenset({"embedding"})
+RERANK = frozenset({"rerank"})
 EITHER = CHAT | COMPLETION
-USES: Mapping[str, frozenset[str]] = {
+ANY = EITHER | EMBEDDING | RERANK
+ANSWERS: Mapping[str, frozenset[str]] = {
     "/v1/chat/completions": CHAT,
     "/v1/completions": COMPLETION,
+    "/completion": COMPLETION,
+    "/completions": COMPLETION,
+    "/infill": INFILL,
     "/inference": EITHER,
+    "/v1/messages": CHAT,
+    "/v1/responses": CHAT,
 }
-"""By path of a request: a node must offer the model for one of these uses."""
+"""By path of a request for an answer: a node must offer the model for one of these uses. Such answers may be streams,
+and another node may go on with them."""
+WHOLE: Mapping[str, frozenset[str]] = {
+    "/v1/embeddings": EMBEDDING,
+    "/embeddings": EMBEDDING,
+    "/embedding": EMBEDDING,
+    "/v1/rerank": RERANK,
+    "/v1/reranking": RERANK,
+    "/rerank": RERANK,
+    "/reranking": RERANK,
+    "/tokenize": ANY,
+    "/detokenize": ANY,
+    "/apply-template": CHAT,
+    "/v1/messages/count_tokens": CHAT,
+    "/v1/responses/input_tokens": CHAT,
+}
+"""The same of requests whose answer is one JSON body, which a node begins anew or not at all."""
+USES: Mapping[str, frozenset[str]] = {**ANSWERS, **WHOLE}
 
 
 @dataclass(frozen=True)
@@ -223,8 +249,8 @@ def choose(fleet: Fleet, ask: Ask, now: float, stale_after: float, policy: str |
 def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str], waited: float = 0.0) -> ApiError:
     """What to answer when a choice is empty. visible: the models that the asking key may use.    waited: seconds.
 
-    404 is said only when every listed node has reported: until then the model may be on a node not yet heard of, and
-    a client should come again rather than give up.
+    400 for a model that is for something else. 404 is said only when every listed node has reported: until then the
+    model may be on a node not yet heard of, and a client should come again rather than give up.
     """
     if choice.model is None:
         silent = fleet.silent()
@@ -236,6 +262,9 @@ def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str], waited: 
             retry_after=NO_NODE_RETRY_S,
             code="no_ready_node",
         )
+    kinds = _kinds(fleet, choice.name)
+    if kinds and not kinds & ask.kinds:
+        return WrongKind(ask.model, ask.prompt.path, sorted(kinds))
     why = "; ".join(f"{name}: {why}" for name, why in choice.passed_over)
     since = f", and none came within {waited:.1f} s" if waited else ""
     return Overloaded(
@@ -243,6 +272,12 @@ def refusal(fleet: Fleet, ask: Ask, choice: Choice, visible: list[str], waited: 
         retry_after=NO_NODE_RETRY_S,
         code="no_ready_node",
     )
+
+
+def _kinds(fleet: Fleet, model: str) -> frozenset[str]:
+    """What the nodes that have loaded the model offer it for; one that still loads it may not know."""
+    served = (node.model(model) for node in fleet.nodes.values())
+    return frozenset(kind for one in served if one and one.state == "ready" for kind in one.kinds)
 
 
 def _model(fleet: Fleet, ask: Ask, now: float, stale_after: float) -> tuple[str, Route, Found]:

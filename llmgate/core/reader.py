@@ -10,6 +10,8 @@ without a repeat. Refuses to know what a frame means beyond its first bytes.
     : handover          the node stops here; not handed on, like all that follows
     data: {"error"...   the node has failed; kept apart, like all that follows
     data: [DONE]        the end
+    : end               the end, at endpoints whose clients know no [DONE]; not handed on
+    event: ping         a sign of life in Anthropic's words: goes on at once, like a comment
     : anything          a comment, which has no place in the order: goes on at once
 
 An answer without markers (`committed` None), from a node one release older, goes on frame by frame.
@@ -28,6 +30,8 @@ _MARK = b": t "
 _USAGE = b": u "
 _ERROR = b'data: {"error":'
 _DONE = sse.DONE[:-2]
+_END = sse.END[:-2]
+_PING = b"event: ping\n"
 _HANDOVER = HANDOVER[:-2]
 
 
@@ -84,8 +88,14 @@ class Reader:
                 elif frame == _HANDOVER:
                     self.handover = self.over = True
                     return
+                elif frame == _END:
+                    self._release(ready)
+                    self.done = self.over = True
+                    return
                 else:
                     ready.append(frame)
+            elif frame.startswith(_PING):
+                ready.append(frame)
             elif frame.startswith(_ERROR):
                 self.error, self.over = frame[len(b"data: ") :], True
                 return

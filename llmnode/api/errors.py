@@ -1,4 +1,5 @@
-"""One exception tree, one error shape: whatever goes wrong at the door leaves as `{"error": {...}}`.
+"""One exception tree, one error shape: whatever goes wrong at the door leaves as `{"error": {...}}`, in the dialect of
+its endpoint.
 
 A client never sees a traceback; what it sees as 500 is in the log with the request's id.
 """
@@ -13,6 +14,7 @@ from sanic.exceptions import SanicException
 from sanic.handlers import ErrorHandler
 from sanic.response import HTTPResponse, json
 
+from llmnode.wire import dialect
 from llmnode.wire.errors import (
     ApiError,
     BodyTooLarge,
@@ -40,7 +42,9 @@ class Errors(ErrorHandler):
         if isinstance(exception, CancelledError):
             return HTTPResponse(status=CLIENT_LEFT)
         error = self._translate(request, exception)
-        return json(error.body(), status=error.status, headers=error.headers())
+        request_id = getattr(request.ctx, "request_id", "")
+        body = dialect.of(request.path, request.headers).error(error.body(), request_id)
+        return json(body, status=error.status, headers=error.headers())
 
     def _translate(self, request: Request, exception: BaseException) -> ApiError:
         if isinstance(exception, ApiError):

@@ -24,8 +24,13 @@ class Fields:
     def __init__(self, body: Mapping[str, Any], where: str = "") -> None:
         self.body = {name: value for name, value in body.items() if value is not None}
         self._seen: set[str] = set()
-        self._where = where
+        self.where = where
         self.advice: list[str] = []
+
+    @property
+    def place(self) -> str:
+        """Where the object itself stands, "" for the body."""
+        return self.where.removesuffix(".")
 
     def get(self, name: str) -> Any:
         """The value as it came, None when it is absent."""
@@ -34,7 +39,7 @@ class Fields:
 
     def wrong(self, name: str, what: str, value: Any, code: str | None = None) -> InvalidRequest:
         """The error for a field that is not `what` it must be."""
-        full = self._where + name
+        full = self.where + name
         return InvalidRequest(f"{full} {what}, got {show(value)}", param=full, code=code)
 
     def number(self, name: str, default: float, low: float, high: float, *, above: bool = False) -> float:
@@ -76,7 +81,7 @@ class Fields:
         if not isinstance(texts, list) or not all(isinstance(text, str) and text for text in texts):
             shape = "a text or a list of texts" if or_one else "a list of texts"
             raise self.wrong(name, f"must be {shape}, none empty", value)
-        full = self._where + name
+        full = self.where + name
         if len(texts) > most:
             raise InvalidRequest(f"{full} may hold {most} texts at most, got {len(texts)}", param=full)
         length = max(map(len, texts), default=0)
@@ -87,7 +92,7 @@ class Fields:
     def object(self, name: str) -> dict[str, Any] | None:
         value = self.get(name)
         if value is not None and not isinstance(value, dict):
-            full = self._where + name
+            full = self.where + name
             raise InvalidRequest(f"{full} must be an object, got {kind(value)}", param=full)
         return value
 
@@ -100,7 +105,7 @@ class Fields:
 
     def rest(self) -> list[str]:
         """Names of the fields that nobody has looked at, with the advice found in nested objects."""
-        return sorted({self._where + name for name in self.body if name not in self._seen} | set(self.advice))
+        return sorted({self.where + name for name in self.body if name not in self._seen} | set(self.advice))
 
 
 def kind(value: Any) -> str:

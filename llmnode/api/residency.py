@@ -11,10 +11,12 @@ held, and who asks for the report.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import Any
 
+from llmnode.api.prompts import Gap
 from llmnode.api.schema import ChatRequest, CompletionRequest
 from llmnode.wire import chain
 from llmnode.wire.chain import Chain
@@ -30,12 +32,13 @@ _MEMORY_TOKENS = 50_000
 class Prefix:
     """What one sequence is to the gate: its first `tokens` tokens are what `chain` stands for.
 
-    answered: gives the chain with the reply in it; None where no further request would begin so, and once it is known.
+    answered: gives the chain with the reply, a text or a message, in it; None where no further request would begin so,
+    and once it is known.
     """
 
     chain: Chain
     tokens: int
-    answered: Callable[[str], Chain] | None = None
+    answered: Callable[[str | Mapping[str, Any]], Chain] | None = None
 
     def blocks(self, held: int) -> int:
         """How many blocks stand for the first `held` tokens, as if each token had as many bytes as any other."""
@@ -47,8 +50,11 @@ def prefix(request: ChatRequest | CompletionRequest, tokens: int, salt: str) -> 
     """What a request with a prompt of so many tokens is to the gate. Takes 1.5 ms for 100,000 tokens: call it off the
     event loop."""
     body = request.options.body
-    # /inference puts a prompt into a conversation: a longer prompt is another conversation, not a longer one.
-    goes_on = isinstance(request, ChatRequest) == isinstance(body.get("messages"), list)
+    # /inference puts a prompt into a conversation: a longer prompt is another conversation, not a longer one. And what
+    # has filled a gap stands between two texts the next time.
+    goes_on = isinstance(request, ChatRequest) == chain.converses(body)
+    if isinstance(request, CompletionRequest) and isinstance(request.prompt, Gap):
+        goes_on = False
     answered = partial(chain.of_answered, body, salt=salt) if goes_on else None
     return Prefix(chain.of_request(body, salt), tokens, answered)
 

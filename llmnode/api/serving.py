@@ -9,77 +9,36 @@ from __future__ import annotations
 import asyncio
 import secrets
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
-from datetime import datetime, timezone
-from functools import cached_property, partial
+from dataclasses import replace
+from functools import partial
+from typing import Any, TypeVar
 
+from llmnode.api.pooling import Pooling
+from llmnode.api.preparing import Prepared, Served
 from llmnode.api.residency import Prefix, Residency, prefix
-from llmnode.api.schema import MAX_CHOICES, ChatRequest, CompletionRequest, Constraint, Rules
+from llmnode.api.rules import Rules
+from llmnode.api.schema import ChatRequest, CompletionRequest
 from llmnode.api.stream import Mailbox
-from llmnode.chat.template import ChatTemplate
-from llmnode.engine.backend import Backend
-from llmnode.engine.grammar import Grammar, Grammars
-from llmnode.engine.loop import Engine
-from llmnode.engine.text import TextStream
+from llmnode.api.tools import SchemaLimits
+from llmnode.chat.format import Format
+from llmnode.chat.renderer import Renderer
+from llmnode.engine.backend import Tokenizer
 from llmnode.engine.types import Ask, Done, Finish, Stats
 from llmnode.metrics import HostProbe, Meter, Metrics
 from llmnode.settings import Settings
 from llmnode.wire.chain import Chain, salt
-from llmnode.wire.errors import Overloaded
-from llmnode.wire.node import Cache, Load, Model, Report, State
+from llmnode.wire.errors import Overloaded, WrongKind
+from llmnode.wire.node import Cache, Device, Load, Model, Report, State
 from llmnode.wire.resume import VERSION as RESUME_VERSION
 from llmnode.wire.resume import Origin
 
+T = TypeVar("T")
 
-@dataclass(frozen=True)
-class Served:
-    """A loaded model: the engine that runs it, and what turns requests into its token ids."""
-
-    engine: Engine
-    backend: Backend
-    template: ChatTemplate
-    bos: tuple[int, ...]
-
-    @cached_property
-    def grammars(self) -> Grammars:
-        """What compiles constraints for this vocabulary; made when the first request brings one."""
-        return Grammars(self.backend.pieces, self.backend.end_tokens)
-
-    def prepare(self, request: ChatRequest | CompletionRequest, created: int) -> tuple[tuple[int, ...], Grammar | None]:
-        """Ids of the prompt, and the constraint compiled. Raises InvalidRequest.
-
-        created: what the template takes for now, in seconds since the epoch. It sees UTC: another node, which may go on
-        with the answer, may be in another time zone.
-        May take long (a foreign template, a long text, a large schema): call it off the event loop.
-        """
-        constraint = request.options.constraint
-        grammar = None if constraint is None else self._compiled(constraint)
-        if isinstance(request, ChatRequest):
-            now = datetime.fromtimestamp(created, timezone.utc)
-            return self._ids(self.template.render(request.messages, now)), grammar
-        return self._ids(request.prompt) if isinstance(request.prompt, str) else request.prompt, grammar
-
-    def _compiled(self, constraint: Constraint) -> Grammar:
-        if constraint.kind == "gbnf":
-            return self.grammars.gbnf(constraint.source)
-        if constraint.kind == "json_schema":
-            return self.grammars.json_schema(constraint.source, param=constraint.field)
-        return self.grammars.json_object()
-
-    def said_elsewhere(self, ask: Ask) -> str:
-        """The text of an answer that another node has sent before this one went on with it."""
-        text = TextStream(self.backend.pieces if ask.pieces is None else ask.pieces, ask.stop)
-        return "" if ask.retold else "".join(map(text.push, ask.replayed))
-
-    def _ids(self, text: str) -> tuple[int, ...]:
-        """BOS goes in front where the model wants it, unless the template has put it there already."""
-        ids = tuple(self.backend.tokenize(text, special=True))
-        if self.backend.info.add_bos and ids[: len(self.bos)] != self.bos:
-            return self.bos + ids
-        return ids or self.bos
+_KINDS = {"generate": ("chat", "completion"), "embed": ("embedding",), "rerank": ("rerank",)}
+"""What a model will serve that is not loaded yet."""
 
 
 class Serving:
@@ -107,7 +66,9 @@ class Serving:
         self.state = State.STARTING
         self.why = ""
         self.progress = 0.0
+        self._purpose = "generate" if settings.kind == "auto" else settings.kind
         self.served: Served | None = None
+        self.pooling: Pooling | None = None
         self.certificate_end: float | None = None
         self.probe = HostProbe(clock=clock)
         self.residency = Residency()
@@ -116,7 +77,7 @@ class Serving:
             self.probe,
             clock,
             reported=lambda: self.residency.reported,
-            gpus=lambda: len(self.served.backend.devices) if self.served else 0,
+            gpus=lambda: len(self._devices),
             certificate_end=lambda: self.certificate_end,
         )
         self._executor = executor
@@ -128,9 +89,17 @@ class Serving:
     def load(self) -> None:
         self.state, self.why = State.LOADING, "loading the model"
 
-    def ready(self, served: Served) -> None:
+    def meant(self, purpose: str) -> None:
+        """What the model that is being loaded will do: one of `settings.KINDS`, but auto."""
+        self._purpose = purpose
+
+    def ready(self, loaded: Served | Pooling) -> None:
         """The model is there. A drain that began meanwhile stays a drain."""
-        self.served, self.progress = served, 1.0
+        if isinstance(loaded, Served):
+            self.served = loaded
+        else:
+            self.pooling = loaded
+        self.progress = 1.0
         if self.state is State.LOADING:
             self.state, self.why = State.READY, ""
 
@@ -144,8 +113,11 @@ class Serving:
 
     def cut(self, why: str) -> None:
         """End every answer under way: one that can be resumed is handed over, any other gets an error event."""
+        error = Overloaded(why, code="node_stopping")
         for mailbox in tuple(self._mailboxes):
-            mailbox.fail(Overloaded(why, code="node_stopping"))
+            mailbox.fail(error)
+        if self.pooling is not None:
+            self.pooling.cut(error)
 
     # What is asked of it
 
@@ -155,15 +127,50 @@ class Serving:
         return self._busy
 
     @contextmanager
-    def admitted(self) -> Iterator[Served]:
-        """The model, for the time of one request. Raises Overloaded with an honest `Retry-After` when not ready."""
-        if self.state is not State.READY or self.served is None:
+    def admitted(self, path: str = "") -> Iterator[Served]:
+        """The model, for the time of one request to `path`. Raises Overloaded with an honest `Retry-After` when not
+        ready, WrongKind when it is one that embeds or ranks."""
+        with self._inside():
+            if self.served is None:
+                raise self._wrong_kind(path)
+            yield self.served
+
+    @contextmanager
+    def admitted_to_pool(self, path: str, kind: str) -> Iterator[Pooling]:
+        """The same of a model that serves this kind of vectors."""
+        with self._inside():
+            if self.pooling is None or kind not in self.pooling.kinds:
+                raise self._wrong_kind(path)
+            yield self.pooling
+
+    @contextmanager
+    def admitted_to_tokenizer(self) -> Iterator[Tokenizer]:
+        """The same of what every model has."""
+        with self._inside():
+            yield self.tokenizer()
+
+    def tokenizer(self) -> Tokenizer:
+        """Of the model that is loaded."""
+        loaded = self.served or self.pooling
+        assert loaded is not None, "a ready node has a model"
+        return loaded.backend
+
+    @contextmanager
+    def _inside(self) -> Iterator[None]:
+        if self.state is not State.READY:
             raise self.not_ready()
         self._busy += 1
         try:
-            yield self.served
+            yield
         finally:
             self._busy -= 1
+
+    def _wrong_kind(self, path: str) -> WrongKind:
+        return WrongKind(self.settings.served_id, path, self.model().kinds)
+
+    async def aside(self, work: Callable[[], T]) -> T:
+        """What `work` comes to, computed off the event loop."""
+        return await asyncio.get_running_loop().run_in_executor(self._executor, work)
 
     def not_ready(self) -> Overloaded:
         return Overloaded(
@@ -173,11 +180,17 @@ class Serving:
         )
 
     @contextmanager
-    def answer(self, served: Served, asks: Sequence[Ask]) -> Iterator[tuple[Mailbox, Meter]]:
-        """Hand the choices of a request to the engine; leaving the block, however that happens, gives their slots back
-        at once."""
-        meter = self.metrics.meter(len(asks))
-        mailbox = Mailbox(meter.observe, len(asks))
+    def answer(
+        self,
+        served: Served,
+        asks: Sequence[Ask],
+        reply: Callable[[int, str], str | Mapping[str, Any]],
+        prompts: int = 1,
+    ) -> Iterator[tuple[Mailbox, Meter]]:
+        """Hand the choices of a request to the engine, as many of each of its prompts; leaving the block, however that
+        happens, gives their slots back at once. reply: the text of a choice as the next turn will send it back."""
+        meter = self.metrics.meter(len(asks), prompts)
+        mailbox = Mailbox(meter.observe, len(asks), prompts)
         tickets: list[int] = []
         self._mailboxes.add(mailbox)
         try:
@@ -189,23 +202,35 @@ class Serving:
             for ticket in tickets:
                 served.engine.cancel(ticket)
             for choice, ask in enumerate(asks):
-                self._ended(served, ask, mailbox.texts[choice], mailbox.ends.get(choice))
+                self._ended(served, ask, mailbox.texts[choice], mailbox.ends.get(choice), partial(reply, choice))
 
     async def prepare(
         self, served: Served, request: ChatRequest | CompletionRequest, created: int, path: str
-    ) -> tuple[tuple[int, ...], Grammar | None, list[Prefix]]:
-        """Token ids of a request to `path`, its compiled constraint, and what each choice is to the gate; computed off
-        the event loop."""
+    ) -> tuple[Prepared, list[Prefix]]:
+        """What a request to `path` comes to, and what each choice is to the gate; computed off the event loop."""
 
-        def work() -> tuple[tuple[int, ...], Grammar | None, Prefix]:
-            prompt, grammar = served.prepare(request, created)
-            return prompt, grammar, prefix(request, len(prompt), salt(model.id, model.template, path))
+        def work() -> tuple[Prepared, Prefix]:
+            prepared = served.prepare(request, created)
+            return prepared, prefix(request, len(prepared.prompt), salt(model.id, model.template, path))
 
-        model = self._model(served)
-        prompt, grammar, known = await asyncio.get_running_loop().run_in_executor(self._executor, work)
-        return prompt, grammar, self.residency.asked(known, request.options.choices)
+        model = self.model()
+        prepared, known = await self.aside(work)
+        return prepared, self.residency.asked(known, request.options.choices)
 
-    def _ended(self, served: Served, ask: Ask, texts: Sequence[str], end: Done | None) -> None:
+    async def count(self, served: Served, request: ChatRequest | CompletionRequest) -> int:
+        """How many tokens the prompt of a request has; computed off the event loop."""
+        work = partial(served.prepare, request, int(self.wall()))
+        prepared = await asyncio.get_running_loop().run_in_executor(self._executor, work)
+        return len(prepared.prompt)
+
+    def _ended(
+        self,
+        served: Served,
+        ask: Ask,
+        texts: Sequence[str],
+        end: Done | None,
+        reply: Callable[[str], str | Mapping[str, Any]],
+    ) -> None:
         """A choice is over. If it was answered, what it left behind is its prompt and its reply."""
         tag = ask.tag
         assert isinstance(tag, Prefix)
@@ -214,7 +239,7 @@ class Serving:
             return
 
         def work() -> Chain:
-            return answered(served.said_elsewhere(ask) + "".join(texts))
+            return answered(reply(served.said_elsewhere(ask) + "".join(texts)))
 
         def known(found: asyncio.Future[Chain]) -> None:
             self.residency.answered(tag, found.result(), tokens)
@@ -224,13 +249,25 @@ class Serving:
 
     def rules(self, served: Served) -> Rules:
         settings = self.settings
+        format = served.renderer.format
         return Rules(
             models=settings.names,
             n_vocab=served.backend.info.n_vocab,
             max_tokens=settings.max_tokens,
             strict=settings.strict_fields,
             # More could not even wait here, on a node that does nothing else.
-            max_choices=min(MAX_CHOICES, settings.slots + settings.queue_limit),
+            max_choices=min(settings.max_choices, settings.slots + settings.queue_limit),
+            max_answers=settings.slots + settings.queue_limit,
+            max_stops=settings.max_stops,
+            max_stop_characters=settings.max_stop_characters,
+            max_logit_bias=settings.max_logit_bias,
+            max_messages=settings.max_messages,
+            max_tools=settings.max_tools,
+            max_grammar_bytes=settings.max_grammar_bytes,
+            schema=SchemaLimits(settings.max_schema_bytes, settings.max_schema_depth),
+            switches=format.switches,
+            thinks=format.thinking is not None,
+            request_templates=settings.request_templates,
         )
 
     def seed(self) -> int:
@@ -241,6 +278,8 @@ class Serving:
 
     def stats(self) -> Stats | None:
         """The engine's snapshot, with what only the door knows of its load."""
+        if self.pooling is not None:
+            return self.pooling.stats()
         if self.served is None:
             return None
         stats = self.served.engine.stats()
@@ -263,29 +302,56 @@ class Serving:
             state=self.state,
             why=self.why or self.trouble(),
             progress=round(self.progress, 2),
-            models=(self._model(served),),
+            models=(self.model(),),
             load=stats.load if stats else Load(slots=self.settings.slots),
-            devices=served.backend.devices if served else (),
+            devices=self._devices,
             host=self.probe.read(),
             cache=self.residency.report(stats.held, parts=served.engine.shares_parts) if stats and served else Cache(),
             resume=RESUME_VERSION,
         )
 
-    def _model(self, served: Served | None) -> Model:
-        state = "ready" if self.state is State.DRAINING else self.state.value
-        return Model(
+    def model(self) -> Model:
+        """The model as the report has it."""
+        loaded = self.served or self.pooling
+        named = Model(
             id=self.settings.served_id,
             aliases=self.settings.aliases,
-            state=state,
-            n_ctx=served.backend.room.n_ctx if served else self.settings.n_ctx,
-            template=_described(served.template) if served else "",
-            digest=served.backend.info.digest if served else "",
+            state="ready" if self.state is State.DRAINING else self.state.value,
+            n_ctx=self.settings.n_ctx,
+            kinds=_KINDS[self._purpose],
         )
+        if loaded is None:
+            return named
+        info = loaded.backend.info
+        return replace(
+            named,
+            n_ctx=loaded.backend.room.n_ctx,
+            kinds=loaded.kinds,
+            capabilities=_capabilities(loaded.renderer.format) if isinstance(loaded, Served) else (),
+            template=_described(loaded.renderer) if isinstance(loaded, Served) else "",
+            digest=info.digest,
+            n_vocab=info.n_vocab,
+            n_ctx_train=info.n_ctx_train,
+            n_embd=info.n_embd,
+            n_params=info.n_params,
+            size_bytes=info.size_bytes,
+            vocab_type=info.vocab_type,
+        )
+
+    def cards(self) -> list[dict[str, Any]]:
+        """The entries of /v1/models: each name that works, aliases too."""
+        model = self.model()
+        return [model.card(name, self.created) for name in self.settings.names]
 
     def origin(self, served: Served) -> Origin:
         """What its answers come from, for whoever goes on with them."""
-        model = self._model(served)
+        model = self.model()
         return Origin(model.id, model.digest, model.template)
+
+    @property
+    def _devices(self) -> tuple[Device, ...]:
+        loaded = self.served or self.pooling
+        return loaded.backend.devices if loaded else ()
 
     def status_line(self) -> str:
         """One line for systemd and the log: `ready: 2 running, 0 waiting, 31.4 tokens/s`."""
@@ -299,5 +365,10 @@ class Serving:
         return f"{self.state.value}: {load.running} running, {load.waiting} waiting, {rate:.1f} tokens/s"
 
 
-def _described(template: ChatTemplate) -> str:
-    return f"{'default' if template.is_default else 'model'}:{template.fingerprint}"
+def _capabilities(format: Format) -> tuple[str, ...]:
+    known = {"tools": format.calls is not None, "reasoning": format.thinking is not None, "json_schema": True}
+    return tuple(name for name, able in known.items() if able)
+
+
+def _described(renderer: Renderer) -> str:
+    return f"{'default' if renderer.is_default else 'model'}:{renderer.fingerprint}"

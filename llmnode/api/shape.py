@@ -1,135 +1,98 @@
-"""Answers to JSON: the shapes of OpenAI's API, for chats and completions, whole and in chunks, with logprobs.
+"""OpenAI's chats and completions: the shapes of their answers, whole and in chunks.
 
 Owns: what an answer looks like on the wire, field for field. Refuses to know: requests, and when a piece is sent.
-Source of names and shapes: OpenAI's API reference.
+`reasoning_content` is not OpenAI's: it is the name by which open servers tell what a model wrote before it answered.
+Source of the other names and shapes: OpenAI's API reference.
 """
 
 from __future__ import annotations
 
-import codecs
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from llmnode.engine.types import Finish, Logprob
+from llmnode.api.narrator import Answer, call_id
+from llmnode.chat.pieces import Arguments, CallBegun, Content, Message, Piece, Reasoning
 from llmnode.wire.node import Usage
-
-_FLOOR = -9999.0
-"""JSON has no infinity; OpenAI writes this for a probability of nothing."""
-
-
-@dataclass(frozen=True)
-class Answer:
-    """One choice that has come to its end. `logprobs`: one for each token, where they were asked for."""
-
-    text: str
-    finish: Finish
-    logprobs: tuple[Logprob, ...] = ()
-
-
-class LogprobWriter:
-    """The `logprobs` object of one choice, piece by piece: pieces put together say what one call over all would.
-
-    pieces: bytes of each token as text.        top: how many alternatives were asked for.
-    ends: tokens that end this answer.
-
-    Every token is listed that the answer goes on from: but for one of `ends`, which is no part of it. A token that is
-    half a character is written with its bytes escaped, as `\\xe2\\x82`. A control token has no text: it is written as
-    `token_id:ID`, the way vLLM names tokens by their ids, with `bytes` null. As part of an answer it is rare: a model
-    that goes on past its end because it must (`ignore_eos`), or that says another one of them of its own accord.
-    """
-
-    def __init__(self, pieces: Sequence[bytes], *, chat: bool, top: int, ends: Collection[int]) -> None:
-        self._pieces = pieces
-        self._ends = ends
-        self._chat = chat
-        self._top = top
-        self._offset = 0
-        self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
-
-    def write(self, logprobs: Sequence[Logprob]) -> dict[str, Any]:
-        """The object for these tokens, which come after those of the calls before."""
-        logprobs = [one for one in logprobs if one.token not in self._ends]
-        if self._chat:
-            return {"content": [self._entry(one) for one in logprobs], "refusal": None}
-        return {
-            "tokens": [self._name(one.token) for one in logprobs],
-            "token_logprobs": [_finite(one.logprob) for one in logprobs],
-            "top_logprobs": [self._alternatives(one) for one in logprobs] if self._top else None,
-            "text_offset": [self._place(one.token) for one in logprobs],
-        }
-
-    def skip(self, tokens: Sequence[int]) -> None:
-        """These tokens were reported elsewhere; what is written next comes after them."""
-        for token in tokens:
-            self._place(token)
-
-    def _entry(self, one: Logprob) -> dict[str, Any]:
-        top = [self._named(token, logprob) for token, logprob in one.top]
-        return {**self._named(one.token, one.logprob), "top_logprobs": top}
-
-    def _named(self, token: int, logprob: float) -> dict[str, Any]:
-        piece = self._pieces[token]
-        text = piece.decode("utf-8", "backslashreplace") if piece else f"token_id:{token}"
-        return {"token": text, "logprob": _finite(logprob), "bytes": list(piece) if piece else None}
-
-    def _name(self, token: int) -> str:
-        """A token in a completion, where the bytes have no field of their own: OpenAI marks those that are no text."""
-        piece = self._pieces[token]
-        if not piece:
-            return f"token_id:{token}"
-        try:
-            return piece.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + piece.decode("utf-8", "backslashreplace")
-
-    def _alternatives(self, one: Logprob) -> dict[str, float]:
-        """The most probable tokens and the drawn one, which may be none of them."""
-        found = {self._name(token): _finite(logprob) for token, logprob in one.top}
-        found.setdefault(self._name(one.token), _finite(one.logprob))
-        return found
-
-    def _place(self, token: int) -> int:
-        """How many characters of the answer were complete when this token began."""
-        place = self._offset
-        self._offset += len(self._decode(self._pieces[token]))
-        return place
 
 
 @dataclass(frozen=True)
 class Shape:
-    """How the answers to one request are written down. `index` counts the choices from 0."""
+    """How the answers to one request are written down. `index` counts the choices from 0.
+
+    parsed: whether content is told from other things. Then a message without content has null there.
+    echoes: what the text of each completion begins with, before what the model says; empty where that is nothing.
+    """
 
     id: str
     created: int
     model: str
     chat: bool
+    parsed: bool = False
+    echoes: tuple[str, ...] = ()
 
-    def whole(self, answers: Sequence[Answer], usage: Usage, writers: Sequence[LogprobWriter] = ()) -> dict[str, Any]:
-        """The body of answers that are not streamed; `writers`, one for each, where logprobs were asked for."""
+    def whole(self, answers: Sequence[Answer], usage: Usage, logprobs: Sequence[dict[str, Any]] = ()) -> dict[str, Any]:
+        """The body of answers that are not streamed; `logprobs`, one for each, where they were asked for."""
         choices = []
         for index, answer in enumerate(answers):
-            text = answer.text
-            content = (
-                {"message": {"role": "assistant", "content": text, "refusal": None}} if self.chat else {"text": text}
-            )
-            logprobs = writers[index].write(answer.logprobs) if writers else None
-            choices.append({"index": index, **content, "logprobs": logprobs, "finish_reason": answer.finish.value})
+            message = answer.message
+            text = self.echoes[index] + message.content if self.echoes else message.content
+            said = {"message": self.message(index, message)} if self.chat else {"text": text}
+            found = logprobs[index] if logprobs else None
+            choices.append({"index": index, **said, "logprobs": found, "finish_reason": answer.ending.finish})
         return {**self._frame("chat.completion" if self.chat else "text_completion", choices), "usage": usage.openai()}
 
     def first(self, index: int) -> dict[str, Any] | None:
-        """The chunk that says who speaks; completions have none."""
-        return self._chunk(index, {"role": "assistant", "content": ""}, None, None) if self.chat else None
+        """The chunk that says who speaks, or what a completion begins with."""
+        if self.chat:
+            return self._chunk(index, {"role": "assistant", "content": self._nothing}, None, None)
+        return self._chunk(index, self.echoes[index], None, None) if self.echoes else None
 
     def piece(self, index: int, text: str, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A chunk of content."""
         return self._chunk(index, {"content": text} if self.chat else text, None, logprobs)
 
-    def last(self, index: int, finish: Finish) -> dict[str, Any]:
-        return self._chunk(index, {} if self.chat else "", finish.value, None)
+    def delta(self, index: int, piece: Piece, logprobs: dict[str, Any] | None = None) -> dict[str, Any]:
+        """A chunk of any kind of piece."""
+        match piece:
+            case Content(text):
+                delta: dict[str, Any] = {"content": text}
+            case Reasoning(text):
+                delta = {"reasoning_content": text}
+            case CallBegun(call, name):
+                delta = {"tool_calls": [{"index": call, **self._call(index, call, name, "")}]}
+            case Arguments(call, text):
+                delta = {"tool_calls": [{"index": call, "function": {"arguments": text}}]}
+        return self._chunk(index, delta, None, logprobs)
+
+    def silent(self, index: int, logprobs: dict[str, Any]) -> dict[str, Any]:
+        """A chunk of a token whose text is not out yet, or is none."""
+        return self._chunk(index, {} if self.chat else "", None, logprobs)
+
+    def last(self, index: int, finish: str) -> dict[str, Any]:
+        return self._chunk(index, {} if self.chat else "", finish, None)
 
     def usage(self, usage: Usage) -> dict[str, Any]:
         """The chunk without choices that ends a stream when stream_options.include_usage asks for it."""
         return {**self._frame("chat.completion.chunk" if self.chat else "text_completion", []), "usage": usage.openai()}
+
+    @property
+    def _nothing(self) -> str | None:
+        return None if self.parsed else ""
+
+    def message(self, index: int, message: Message) -> dict[str, Any]:
+        written: dict[str, Any] = {"role": "assistant", "content": message.content or self._nothing, "refusal": None}
+        if message.reasoning:
+            written["reasoning_content"] = message.reasoning
+        if message.calls:
+            written["tool_calls"] = [
+                self._call(index, at, call.name, call.arguments) for at, call in enumerate(message.calls)
+            ]
+        return written
+
+    def _call(self, index: int, call: int, name: str, arguments: str) -> dict[str, Any]:
+        id = call_id(self.id, index, call)
+        return {"id": id, "type": "function", "function": {"name": name, "arguments": arguments}}
 
     def _chunk(self, index: int, delta: Any, finish: str | None, logprobs: dict[str, Any] | None) -> dict[str, Any]:
         content = {"delta": delta} if self.chat else {"text": delta}
@@ -145,7 +108,3 @@ class Shape:
             "system_fingerprint": None,
             "choices": choices,
         }
-
-
-def _finite(logprob: float) -> float:
-    return logprob if logprob > _FLOOR else _FLOOR

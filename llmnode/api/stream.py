@@ -1,11 +1,10 @@
-"""Engine events to wire chunks: one mailbox a request, and the frames of a stream.
+"""Engine events to server-sent events: one mailbox a request, and the frames of a stream.
 
 The engine thread hands over all events of a step in one call to the event loop; each lands in its request's mailbox. A
-reader takes all that has piled up at once and sends what belongs to one choice as one chunk, so a slow client costs
-fewer chunks, never a stall of the engine. What a mailbox can hold is bounded by the answers' tokens.
+reader takes all that has piled up at once, and most endpoints send what belongs to one choice as one chunk, so a slow
+client costs fewer chunks, never a stall of the engine. What a mailbox can hold is bounded by the answers' tokens.
 
-This path is walked at every token, on the thread that shares the processor with the model: what is the same in every
-chunk of a stream is written once, and only the text between is encoded anew. Knows nothing of Sanic.
+What is written about an event is its teller's to say (narrator.py). Knows nothing of Sanic.
 
 A stream that can be resumed has a commit marker behind what each group of tokens came to (wire/resume.py). Frames and
 their marker leave in one piece, and frames only where there are ids to confirm them: so whatever a reader holds up to
@@ -15,20 +14,17 @@ the last marker is what these ids say, the chunk that says who speaks included.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, Callable, Collection, Sequence
+from collections.abc import AsyncGenerator, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from json.encoder import encode_basestring
-from typing import Any, Protocol
 
-from llmnode.api.shape import Answer, LogprobWriter, Shape
-from llmnode.engine.types import Done, Event, Failed, Logprob, Text
+from llmnode.api.narrator import Answer, Parsers, Teller, answer
+from llmnode.engine.types import Done, Event, Failed, Text
 from llmnode.metrics import total
 from llmnode.wire import sse
+from llmnode.wire.dialect import OPENAI, Dialect
 from llmnode.wire.errors import ApiError, Overloaded
 from llmnode.wire.node import Usage
 from llmnode.wire.resume import HANDOVER, marker
-
-_MARK = "\0"
 
 
 class Mailbox:
@@ -38,9 +34,9 @@ class Mailbox:
     texts, ends: what each choice has said, and how those that have ended well did.
     """
 
-    def __init__(self, observe: Callable[[int, Event], None], choices: int = 1) -> None:
+    def __init__(self, observe: Callable[[int, Event], None], choices: int = 1, prompts: int = 1) -> None:
         self._observe = observe
-        self.choices = choices
+        self.choices, self.prompts = choices, prompts
         self.texts: list[list[str]] = [[] for _ in range(choices)]
         self.ends: dict[int, Done] = {}
         self._open = set(range(choices))
@@ -106,9 +102,17 @@ class Mailbox:
 class _Part:
     """What has come of one choice since the last look."""
 
-    texts: list[str] = field(default_factory=list)
-    logprobs: list[Logprob] = field(default_factory=list)
+    texts: list[Text] = field(default_factory=list)
     end: Done | None = None
+
+    def text(self) -> Text:
+        """All its texts as one."""
+        texts = self.texts
+        if len(texts) == 1:
+            return texts[0]
+        parts = tuple(part for text in texts for part in (text.parts or (text.text,)))
+        logprobs = tuple(one for text in texts for one in text.logprobs)
+        return Text("".join(parts), tuple(id for text in texts for id in text.ids), logprobs, parts)
 
 
 def _sort(events: Sequence[tuple[int, Event]]) -> tuple[dict[int, _Part], ApiError | None]:
@@ -121,119 +125,38 @@ def _sort(events: Sequence[tuple[int, Event]]) -> tuple[dict[int, _Part], ApiErr
         if part is None:
             part = parts[choice] = _Part()
         if isinstance(event, Text):
-            part.texts.append(event.text)
-            part.logprobs += event.logprobs
+            part.texts.append(event)
         else:
             part.end = event
     return parts, None
 
 
-async def whole(mailbox: Mailbox) -> tuple[list[Answer], Usage]:
+async def whole(mailbox: Mailbox, parsers: Parsers | None = None) -> tuple[list[Answer], Usage]:
     """The answers, in the order of their choices, when all are there. Raises the ApiError that one failed with."""
     parts, error = _sort(await mailbox.rest())
     if error is not None:
         raise error
-    answers, usages = [], []
-    for _, part in sorted(parts.items()):
+    answers, usages = [], {}
+    for index, part in sorted(parts.items()):
         assert part.end is not None  # `rest` waits for it
-        answers.append(Answer("".join(part.texts), part.end.finish, tuple(part.logprobs)))
-        usages.append(part.end.usage)
-    return answers, total(usages)
+        said = part.text()
+        parser = parsers[index] if parsers else None
+        answers.append(answer(said.text, part.end, parser, said.logprobs, said.ids, said.parts))
+        usages[index] = part.end.usage
+    return answers, total(usages, mailbox.prompts)
 
 
 @dataclass(frozen=True)
 class Style:
-    """What a client asked of its stream. `keepalive_s`: seconds of silence after which a comment is sent."""
+    """How a stream is told besides its answer.
 
-    include_usage: bool
+    report_usage: end it with what it cost, for the gate.       keepalive_s: seconds of silence after which it shows a
+    sign of life.       dialect: the endpoint's words for that, and for errors.
+    """
+
     report_usage: bool
     keepalive_s: float = 10.0
-
-
-class Teller(Protocol):
-    """Writes down what comes of the choices, and what ends it all. Empty bytes: nothing to say now."""
-
-    def piece(self, index: int, text: str, logprobs: Sequence[Logprob] = ()) -> bytes: ...
-
-    def last(self, index: int, end: Done) -> bytes: ...
-
-    def end(self, usage: Usage) -> bytes: ...
-
-
-class Chunks:
-    """The bytes of one stream's chunks.
-
-    writers: one for each choice, where logprobs were asked for.
-    begun: choices of which some is out already, so that it is known who speaks.
-    """
-
-    def __init__(
-        self, shape: Shape, style: Style, writers: Sequence[LogprobWriter] = (), begun: Collection[int] = ()
-    ) -> None:
-        self._shape = shape
-        self._style = style
-        self._usage = {"usage": None} if style.include_usage else {}
-        self._writers = writers
-        self._begun = begun
-        self._around: dict[int, tuple[bytes, bytes]] = {}
-
-    def piece(self, index: int, text: str, logprobs: Sequence[Logprob] = ()) -> bytes:
-        """A piece of a choice, which may be empty, behind the chunk that says who speaks where it is the first."""
-        around = self._around.get(index)
-        if around is None:
-            return self._begin(index) + self.piece(index, text, logprobs)
-        if not text and not logprobs:
-            return b""
-        if logprobs and self._writers:
-            chunk = self._shape.piece(index, text, self._writers[index].write(logprobs))
-            return sse.event({**chunk, **self._usage})
-        head, tail = around
-        if text.isascii():
-            return head + encode_basestring(text).encode() + tail
-        return head + _literal(text) + tail
-
-    def last(self, index: int, end: Done) -> bytes:
-        return sse.event({**self._shape.last(index, end.finish), **self._usage})
-
-    def end(self, usage: Usage) -> bytes:
-        return sse.event(self._shape.usage(usage)) if self._style.include_usage else b""
-
-    def _begin(self, index: int) -> bytes:
-        example = sse.event({**self._shape.piece(index, _MARK), **self._usage})
-        head, _, tail = example.partition(_literal(_MARK))
-        self._around[index] = head, tail
-        first = None if index in self._begun else self._shape.first(index)
-        return b"" if first is None else sse.event({**first, **self._usage})
-
-
-def _literal(text: str) -> bytes:
-    """A text as the JSON of an event spells it."""
-    return sse.event(text)[len(b"data: ") : -len(b"\n\n")]
-
-
-class Body:
-    """An answer that its client does not stream, inside a stream that can be resumed: one event, at the end.
-
-    write: makes the body of the answers, in the order of their choices.
-    """
-
-    def __init__(self, write: Callable[[Sequence[Answer], Usage], dict[str, Any]]) -> None:
-        self._write = write
-        self._texts: dict[int, list[str]] = {}
-        self._logprobs: dict[int, list[Logprob]] = {}
-        self._answers: dict[int, Answer] = {}
-
-    def piece(self, index: int, text: str, logprobs: Sequence[Logprob] = ()) -> bytes:
-        self._texts.setdefault(index, []).append(text)
-        self._logprobs.setdefault(index, []).extend(logprobs)
-        return b""
-
-    def last(self, index: int, end: Done) -> bytes:
-        self._answers[index] = Answer("".join(self._texts[index]), end.finish, tuple(self._logprobs[index]))
-        return b""
-
-    def end(self, usage: Usage) -> bytes:
-        return sse.event(self._write([answer for _, answer in sorted(self._answers.items())], usage))
+    dialect: Dialect = OPENAI
 
 
 class Marks:
@@ -294,14 +217,14 @@ class Silence:
 
 
 async def frames(mailbox: Mailbox, telling: Telling) -> AsyncGenerator[bytes, None]:
-    """The bytes of a stream, from its first event or keepalive to `[DONE]`.
+    """The bytes of a stream, from its first event or keepalive to what ends it.
 
     An ApiError raised before anything was yielded can still become a status. A later failure is yielded as an error
-    event, after which the stream ends without `[DONE]`; where another node could do better, a stream that can be
-    resumed is handed over instead.
+    event, after which nothing comes; where another node could do better, a stream that can be resumed is handed over
+    instead.
     """
     teller, marks = telling.teller, telling.marks
-    ends: list[Done] = []
+    ends: dict[int, Done] = {}
     started = False
     silence = Silence(asyncio.get_running_loop(), telling.style.keepalive_s, mailbox.ring)
     try:
@@ -309,31 +232,35 @@ async def frames(mailbox: Mailbox, telling: Telling) -> AsyncGenerator[bytes, No
             events = await mailbox.take()
             silence.heard()
             if len(events) == 1 and isinstance(event := events[0][1], Text):  # what nearly every token comes to
-                started = True
                 index = events[0][0]
-                piece = teller.piece(index, event.text, event.logprobs)
-                yield piece if marks is None else piece + marks.behind(index, event.ids)
+                said = teller.piece(index, event)
+                if marks is not None:
+                    said += marks.behind(index, event.ids)
+                if said:
+                    started = True
+                    yield said
                 continue
             parts, error = _sort(events)
             if error is not None and not started:
                 raise error
             ids = None if marks is None else _ids(events)
-            out = [] if events else [sse.KEEPALIVE]
+            out = [] if events else [telling.style.dialect.keepalive]
             for index, part in parts.items():
                 if part.end is not None:
-                    ends.append(part.end)
+                    ends[index] = part.end
                 if ids is not None and not ids[index]:
                     continue  # an end that was told before this node went on with it
-                out.append(teller.piece(index, "".join(part.texts), part.logprobs))
+                out.append(teller.piece(index, part.text()))
                 if part.end is not None:
                     out.append(teller.last(index, part.end))
                 if marks is not None and ids is not None:
                     out.append(marks.behind(index, ids[index]))
             if error is not None:
                 handed_over = marks is not None and isinstance(error, Overloaded)
-                out.append(HANDOVER if handed_over else error_event(error))
+                dialect = OPENAI if marks is not None else telling.style.dialect
+                out.append(HANDOVER if handed_over else dialect.error_event(error.body()))
             elif len(ends) == mailbox.choices:
-                out += _ending(ends, telling)
+                out += _ending(ends, mailbox.prompts, telling)
             if said := b"".join(out):
                 started = True
                 yield said
@@ -352,14 +279,9 @@ def _ids(events: Sequence[tuple[int, Event]]) -> dict[int, list[int]]:
     return found
 
 
-def _ending(ends: Sequence[Done], telling: Telling) -> list[bytes]:
-    usage = total([end.usage for end in ends])
+def _ending(ends: Mapping[int, Done], prompts: int, telling: Telling) -> list[bytes]:
+    usage = total({index: end.usage for index, end in ends.items()}, prompts)
     out = [telling.teller.end(usage)]
     if telling.style.report_usage:
         out.append(sse.usage_comment(usage))
-    return [*out, sse.DONE]
-
-
-def error_event(error: ApiError) -> bytes:
-    """A failure after the first byte, when the status is spent."""
-    return sse.event(error.body())
+    return [*out, telling.teller.terminator]

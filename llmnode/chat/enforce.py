@@ -25,6 +25,7 @@ import re
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+from llmnode.chat.closed import closed
 from llmnode.chat.format import Calls, Channels, Format, Members, Slot, Thinking, Values
 from llmnode.wire.errors import InvalidRequest
 
@@ -93,6 +94,57 @@ def calls_grammar(
     return writer.text()
 
 
+def schema_grammar(
+    format: Format,
+    schema: Any,
+    tools: Sequence[Mapping[str, Any]] = (),
+    *,
+    parallel: bool = True,
+    opened: bool = False,
+    specials: Mapping[str, int] | None = None,
+    ends: Collection[str] = (),
+) -> str:
+    """The grammar of an answer whose content a schema describes: perhaps reasoning, then that, or calls instead where
+    there are tools. Parameters and errors as of `calls_grammar`."""
+    writer = _Writer(format, {} if specials is None else specials, frozenset(ends))
+    functions = [tool["function"] for tool in tools]
+    schemas = {function["name"]: _object_schema(function.get("parameters")) for function in functions}
+    if schemas and format.calls is None:
+        raise InvalidRequest(f"this model cannot call tools: {format.why or 'its format has no calls'}", param="tools")
+    if schemas and format.calls is not None and not format.calls.trigger:
+        # Both are bare objects: one schema says which there may be, since a lexer could not tell their beginnings.
+        schema, schemas = _either(schema, format.calls, schemas), {}
+    content = writer.content(schema)
+    if format.channels is not None:
+        writer.channels(format.calls, format.channels, schemas, required=True, content=content)
+    else:
+        parallel = parallel and format.calls is not None and format.calls.parallel
+        writer.plain(format.calls, schemas, required=True, parallel=parallel, opened=opened, content=content)
+    return writer.text()
+
+
+def _either(schema: Any, calls: Calls, schemas: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A schema, or a call as the object that it is. Raises InvalidRequest where that cannot be said in one schema."""
+    keys = calls.keys
+    plain = keys is not None and len(keys.name) == len(keys.arguments) == 1
+    if not plain or keys is None or '"$ref"' in json.dumps([schema, schemas]):
+        raise InvalidRequest(
+            "response_format and tools cannot be held together in the format in which this model calls tools",
+            param="response_format",
+        )
+    (name,), (arguments,) = keys.name, keys.arguments
+    objects = [
+        {
+            "type": "object",
+            "properties": {name: {"const": tool}, arguments: parameters},
+            "required": [name, arguments],
+            "additionalProperties": False,
+        }
+        for tool, parameters in schemas.items()
+    ]
+    return {"anyOf": [schema, *objects]}
+
+
 _ANY_OBJECT: Mapping[str, Any] = {"type": "object"}
 
 
@@ -101,7 +153,7 @@ def _object_schema(parameters: Any) -> Mapping[str, Any]:
         return {"type": "object", "properties": {}, "additionalProperties": False}
     if not isinstance(parameters, Mapping):
         raise InvalidRequest("the parameters of a function must be a JSON schema, which is an object", param="tools")
-    return {**parameters, "type": "object"} if "$ref" not in parameters else parameters
+    return closed({**parameters, "type": "object"} if "$ref" not in parameters else parameters)
 
 
 class _Writer:
@@ -121,7 +173,27 @@ class _Writer:
 
     # The whole.
 
-    def plain(self, calls: Calls, schemas: Mapping[str, Any], *, required: bool, parallel: bool, opened: bool) -> None:
+    def content(self, schema: Any) -> str:
+        """A schema's JSON where the answer's content stands."""
+        channels, around = self._format.channels, self._format.content
+        if channels is not None:
+            return " ".join([*self._fixed(channels.channel + channels.content + channels.message), self._json(schema)])
+        return " ".join([*self._fixed(around[0].lstrip()), self._json(schema), *self._fixed(around[1].rstrip())])
+
+    def plain(
+        self,
+        calls: Calls | None,
+        schemas: Mapping[str, Any],
+        *,
+        required: bool,
+        parallel: bool,
+        opened: bool,
+        content: str = "",
+    ) -> None:
+        """content: what the answer may be in place of calls."""
+        if calls is None or not schemas:
+            self._start(content, self._format.thinking, opened=opened, must=True)
+            return
         bodies = [self._parts(calls, name, schema) for name, schema in schemas.items()]
         one = self._rule("call", " | ".join(" ".join(body) for body in bodies))
         start, end = self._begun(calls.section[0]), self._fixed(calls.section[1])
@@ -133,6 +205,7 @@ class _Writer:
         if required:
             if gap and not gap.strip():
                 whole = f"{json.dumps(gap)}? {whole}"
+            whole = f"{whole} | {content}" if content else whole
             self._start(whole, thinking, opened=opened, must=True)
             return
         trigger = calls.trigger
@@ -500,10 +573,19 @@ class _Writer:
 
     # Channels.
 
-    def channels(self, calls: Calls, channels: Channels, schemas: Mapping[str, Any], *, required: bool) -> None:
-        bodies = []
+    def channels(
+        self,
+        calls: Calls | None,
+        channels: Channels,
+        schemas: Mapping[str, Any],
+        *,
+        required: bool,
+        content: str = "",
+    ) -> None:
+        bodies = [content] if content else []
         for name, schema in schemas.items():
-            bodies.append(" ".join(self._parts(calls, name, schema)))
+            if calls is not None:
+                bodies.append(" ".join(self._parts(calls, name, schema)))
             header = f"{channels.channel}{channels.calls} to={channels.namespace}{name} "
             # What models write, beside what templates do (exceptions.py).
             written = self._fixed(f"{header}{channels.constraint}json{channels.message}")

@@ -5,8 +5,8 @@ scheduling, text, and which of the two is behind the seam.
 
 A backend holds up to `room.sequences` token sequences in `room.kv_cells` cells. Sequences are numbered from 0; the
 cell of position p of a sequence exists once a decode that carried it has returned OK. In a unified cache sequences may
-share cells (`seq_copy`); in a parted one each has a part of its own. All methods but `tokenize` belong to one thread,
-the engine's.
+share cells (`seq_copy`); in a parted one each has a part of its own. All methods but a `Tokenizer`'s belong to one
+thread, the engine's.
 """
 
 from __future__ import annotations
@@ -94,27 +94,40 @@ Saved = bytearray
 """A sequence's cells, taken out of the backend: for the same model, options and version of llama.cpp only."""
 
 
-class Backend(Protocol):
+class Tokenizer(Protocol):
+    """What every model has: texts to ids and back. Thread-safe.
+
+    info: what the model says of itself.
+    """
+
+    info: ModelInfo
+
+    def tokenize(self, text: str, *, special: bool, ends: bool = False) -> list[int]:
+        """Ids of `text`. With `special`, control tokens written out in it count as such; with `ends`, those stand
+        around it that the model wants there (BOS, EOS)."""
+        ...
+
+    def spell(self, token: int) -> bytes:
+        """The bytes of a token, which may be half a character; of a control token those of its name."""
+        ...
+
+
+class Backend(Tokenizer, Protocol):
     """Computes logits for several token sequences at once.
 
-    info: what the model says of itself.        room: what fits.
+    room: what fits.
     can_cut: whether a sequence can forget its last tokens (attention can, recurrent state cannot). Probed at load.
     pieces: bytes of each token as text; control tokens are empty. Length n_vocab.
     specials: the tokens that are more than a text, by their spelling: control tokens, and those of the model's makers.
     end_tokens: ids that end an answer.         devices: what the model runs on.
     """
 
-    info: ModelInfo
     room: Room
     can_cut: bool
     pieces: Sequence[bytes]
     specials: Mapping[str, int]
     end_tokens: frozenset[int]
     devices: tuple[Device, ...]
-
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        """Ids of `text`, without BOS. With `special`, control tokens written out in it count as such. Thread-safe."""
-        ...
 
     def decode(self, chunks: Sequence[Chunk]) -> int:
         """Compute the chunks in one batch, at most `room.n_batch` tokens and `room.rows` rows, each sequence once.

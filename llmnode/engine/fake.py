@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llmnode.engine.backend import BAD_BATCH, NO_ROOM, OK, Chunk, Room, Saved
-from llmnode.engine.types import ModelInfo
+from llmnode.engine.types import InfillTokens, ModelInfo
 from llmnode.wire.node import Device
 
 if TYPE_CHECKING:
@@ -69,6 +69,7 @@ class FakeBackend:
             add_bos=True,
             cell_bytes=_CELL,
             digest=blake2b(self._likely.tobytes(), digest_size=16).hexdigest(),  # all the weights there are
+            infill=InfillTokens(*(256 + SPECIALS.index(f"<|{role}|>") for role in ("system", "user", "assistant"))),
         )
         self.room = room
         self.can_cut = can_cut
@@ -82,13 +83,16 @@ class FakeBackend:
         self._holders: dict[int, int] = {}
         self._rows: list[bytes] = []
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
+    def tokenize(self, text: str, *, special: bool, ends: bool = False) -> list[int]:
+        ids = [BOS] if ends else []
         if not special:
-            return list(text.encode())
-        ids: list[int] = []
+            return [*ids, *text.encode()]
         for part in _SPLIT.split(text):
             ids += [256 + SPECIALS.index(part)] if part in SPECIALS else part.encode()
         return ids
+
+    def spell(self, token: int) -> bytes:
+        return self.pieces[token] or SPECIALS[token - 256].encode()
 
     def decode(self, chunks: Sequence[Chunk]) -> int:
         if self._delay:

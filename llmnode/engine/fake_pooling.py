@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from numpy.typing import NDArray
 
 BEGIN, END, SEPARATOR = 256, 257, 258
+NAMES = (b"<|begin|>", b"<|end|>", b"<|separator|>")
 
 
 class FakePooling:
@@ -41,8 +42,11 @@ class FakePooling:
         self.devices: tuple[Device, ...] = ()
         self._texts: list[list[int]] = []
 
-    def tokenize(self, text: str) -> list[int]:
-        return [BEGIN, *text.encode(), END]
+    def tokenize(self, text: str, *, special: bool, ends: bool = False) -> list[int]:
+        return [BEGIN, *text.encode(), END] if ends else list(text.encode())
+
+    def spell(self, token: int) -> bytes:
+        return bytes([token]) if token < BEGIN else NAMES[token - BEGIN]
 
     def pair(self, query: str, document: str) -> list[int]:
         return [BEGIN, *query.encode(), SEPARATOR, *document.encode(), END]

@@ -136,13 +136,20 @@ class Grammars:
 
     pieces: bytes of each token as text; control tokens are empty.      end_tokens: ids that end an answer.
     max_bytes: length of a grammar or schema.       kept: how many compiled ones are kept, since clients repeat them.
+    trial: called with kind, text and field of one that is not known, before it is compiled. Raises InvalidRequest.
     """
 
     def __init__(
-        self, pieces: Sequence[bytes], end_tokens: frozenset[int], *, max_bytes: int = 65_536, kept: int = 32
+        self,
+        pieces: Sequence[bytes],
+        end_tokens: frozenset[int],
+        *,
+        max_bytes: int = 65_536,
+        kept: int = 32,
+        trial: Callable[[str, str, str], None] | None = None,
     ) -> None:
         self._pieces, self._ends = pieces, end_tokens
-        self._max_bytes, self._kept = max_bytes, kept
+        self._max_bytes, self._kept, self._trial = max_bytes, kept, trial
         self._lock = threading.Lock()  # guards the two below
         self._known: OrderedDict[tuple[str, str], Grammar] = OrderedDict()
         self._tokenizer: LLTokenizer | None = None
@@ -201,6 +208,8 @@ class Grammars:
                 self._known.move_to_end((kind, text))
                 return known
             tree = self._tree()
+        if self._trial is not None:
+            self._trial(kind, text, param)
         try:
             prototype = LLMatcher(tree, translate(text), log_level=0, limits=self._limits[kind])
         except GbnfError as error:

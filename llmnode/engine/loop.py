@@ -599,7 +599,7 @@ class Engine:
         else:
             self._count.finished += 1
             self._hold_s += (now - admitted - self._hold_s) * (0.2 if self._hold_s else 1.0)
-        self._leave(sequence, Done(finish, usage, *times, ids=tuple(sequence.fresh)))
+        self._leave(sequence, Done(finish, usage, *times, ids=tuple(sequence.fresh), stop=sequence.text.stopped))
 
     def _fail(self, sequence: Sequence, error: ApiError) -> None:
         self._say(sequence)

@@ -21,9 +21,9 @@ from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
 
-from llmnode.engine.backend import BAD_BATCH, OK, FatalEngineError, Room
+from llmnode.engine.backend import BAD_BATCH, OK, FatalEngineError, Room, Tokenizer
 from llmnode.engine.rates import Rate
-from llmnode.engine.types import Failed, ModelInfo, Stats, Timings
+from llmnode.engine.types import Failed, Stats, Timings
 from llmnode.wire.errors import ApiError, DeadlineExceeded, InvalidRequest, Overloaded
 from llmnode.wire.node import Device, Load
 
@@ -36,24 +36,19 @@ POOLINGS = ("none", "mean", "cls", "last", "rank")
 _IDLE_TICK_S = 0.5
 
 
-class PoolingBackend(Protocol):
+class PoolingBackend(Tokenizer, Protocol):
     """Computes the vectors of several texts at once.
 
-    info: what the model says of itself.    pooling: one of POOLINGS.    devices: what the model runs on.
+    pooling: one of POOLINGS.    devices: what the model runs on.
     width: values in a vector; of a rank, the classifier's outputs, the first of which is the score.
     room: n_ctx tokens in one text at most, n_batch tokens and `sequences` texts in one batch.
-    All methods but `tokenize` and `pair` belong to one thread, the engine's.
+    All methods but a `Tokenizer`'s and `pair` belong to one thread, the engine's.
     """
 
-    info: ModelInfo
     room: Room
     pooling: str
     width: int
     devices: tuple[Device, ...]
-
-    def tokenize(self, text: str) -> list[int]:
-        """Ids of a text as the model wants to read it, with its first and last tokens. Thread-safe."""
-        ...
 
     def pair(self, query: str, document: str) -> list[int]:
         """Ids of two texts as a ranking model wants to read them together. Thread-safe."""

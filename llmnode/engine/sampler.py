@@ -4,7 +4,8 @@ Owns: the one draw, the state that an answer's past leaves for its next tokens, 
 grammar takes part. Refuses to know: sequences, backends, text, random state.
 
 Each token goes through, in this order: logit_bias, repeat_penalty, frequency and presence penalty, DRY (penalties.py);
-top_n_sigma, top_k, temperature, typical_p, top_p, min_p, XTC, or Mirostat in their place (truncation.py); one draw. The
+top_n_sigma, top_k, temperature, typical_p, top_p, min_p, XTC, or Mirostat in their place (truncation.py); what a filled
+gap wants (infill.py); one draw. The
 draw walks the cumulative weights in order of token id, not of weight: logits depend a little on the shape of the batch,
 and an order by weight would turn two near-equal tokens around. Temperature 0 takes the best of the altered logits.
 
@@ -31,6 +32,7 @@ from typing import TYPE_CHECKING, NamedTuple
 import numpy as np
 
 from llmnode.engine.grammar import DeadEnd
+from llmnode.engine.infill import narrowed
 from llmnode.engine.penalties import Penalties, Vocabulary
 from llmnode.engine.truncation import candidates, largest, mirostat_candidates, place, surprise
 from llmnode.engine.types import Logprob, Sampling
@@ -162,7 +164,10 @@ class Sampler:
         if self._mirostat:
             return mirostat_candidates(row, height, sampling, self._mu)
         coin = uniform(sampling.seed, position, _COIN) if sampling.xtc_probability > 0 else 1.0
-        return candidates(row, height, sampling, coin)
+        ids, weights = candidates(row, height, sampling, coin)
+        if sampling.infill and self._vocabulary.end_tokens:
+            return narrowed(row, ids, weights, self._vocabulary)
+        return ids, weights
 
     def _pick(self, ids: Ids | None, weights: Floats, position: int, attempt: int) -> int:
         at = place(weights, uniform(self._sampling.seed, position, attempt)) if len(weights) > 1 else 0

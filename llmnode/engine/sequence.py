@@ -25,7 +25,8 @@ class Sequence:
     limit: answer tokens at most.       seq: its number in the backend, NOWHERE while it waits.
     tokens: prompt and answer.          computed: tokens whose cells exist.
     answered: tokens of the answer.     sampled: of these, those that the sampler has taken in.
-    fresh, unsent, logprobs: ids, text and log probabilities since the last event.
+    fresh, parts, logprobs: ids, the text that each made certain, and log probabilities since the last event.
+    unsent: whether there is any text among them.
     loose: of the computed ones, those that were computed one by one.
     cached: prompt tokens that were found and not computed; None before the first admission.
     leader, follow: another sequence that computes the same prompt, and how many of its tokens to wait for.
@@ -49,7 +50,8 @@ class Sequence:
     answered: int = 0
     sampled: int = 0
     fresh: list[int] = field(default_factory=list)
-    unsent: list[str] = field(default_factory=list)
+    parts: list[str] = field(default_factory=list)
+    unsent: bool = False
     logprobs: list[Logprob] = field(default_factory=list)
     loose: int = 0
     cached: int | None = None
@@ -85,16 +87,19 @@ class Sequence:
         self.tokens.append(token)
         self.fresh.append(token)
         self.answered += 1
+        finish, stream = None, self.text
         if token in self.end_tokens and (not self.ask.ignore_eos or self.ask.grammar is not None):
-            self._say(self.text.flush())
-            return Finish.STOP
-        self._say(self.text.push(token))
-        if self.text.stopped:
-            return Finish.STOP
-        if self.answered >= self.limit:
-            self._say(self.text.flush())
-            return Finish.LENGTH
-        return None
+            text, finish = stream.flush(), Finish.STOP
+        else:
+            text = stream.push(token)
+            if stream.stopped:
+                finish = Finish.STOP
+            elif self.answered >= self.limit:
+                text, finish = text + stream.flush(), Finish.LENGTH
+        self.parts.append(text)
+        if text:
+            self.unsent = True
+        return finish
 
     def replay(self) -> Finish | None:
         """Take in `ask.replayed`, tokens of this answer that were generated elsewhere, without saying them again unless
@@ -118,7 +123,8 @@ class Sequence:
             )
         if not ask.retold:
             self.fresh.clear()
-            self.unsent.clear()
+            self.parts.clear()
+            self.unsent = False
         return finish
 
     def event(self) -> Text | None:
@@ -126,12 +132,13 @@ class Sequence:
         it."""
         if not self.unsent and not self.logprobs:
             return None
-        event = Text("".join(self.unsent), tuple(self.fresh), tuple(self.logprobs[: len(self.fresh)]))
-        self.unsent.clear()
+        parts = self.parts
+        if len(parts) == 1:
+            event = Text(parts[0], (self.fresh[0],), tuple(self.logprobs[:1]))
+        else:
+            event = Text("".join(parts), tuple(self.fresh), tuple(self.logprobs[: len(parts)]), tuple(parts))
+        parts.clear()
+        self.unsent = False
         self.fresh.clear()
         self.logprobs.clear()
         return event
-
-    def _say(self, text: str) -> None:
-        if text:
-            self.unsent.append(text)

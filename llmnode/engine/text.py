@@ -29,6 +29,8 @@ class TextStream:
     no continuation could make UTF-8 become U+FFFD. Characters that may be the beginning of a stop string wait too.
     Among several stop strings the one that is complete first wins, and of two complete at once the longer, so that the
     answer does not depend on where the borders between tokens lie.
+
+    stopped: the stop string that ended the answer, "" while none has.
     """
 
     __slots__ = ("_decode", "_held", "_pieces", "_stops", "stopped")
@@ -38,7 +40,7 @@ class TextStream:
         self._stops = tuple(stop for stop in stops if stop)
         self._decode = codecs.getincrementaldecoder("utf-8")("replace").decode
         self._held = ""
-        self.stopped = False
+        self.stopped = ""
 
     def push(self, token: int) -> str:
         """The characters that this token makes certain. Sets `stopped` once a stop string is complete."""
@@ -56,9 +58,10 @@ class TextStream:
         text = self._held + new
         found = [(at + len(stop), at) for stop in self._stops if (at := text.find(stop)) >= 0]
         if found:
-            self.stopped = True
+            end, at = min(found)
+            self.stopped = text[at:end]
             self._held = ""
-            return text[: min(found)[1]]
+            return text[:at]
         keep = max(_overlap(text, stop) for stop in self._stops)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]

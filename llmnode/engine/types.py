@@ -39,6 +39,7 @@ class Sampling:
         (OpenAI's API).
     logit_bias: (token id, amount added to its logit); -inf forbids a token.
     mirostat: 1 or 2 takes the place of all truncations with Mirostat (Basu et al., 2020); 0 is off.
+    infill: the answer fills a gap, and ends when it may (infill.py); without Mirostat only.
     mirostat_tau, mirostat_eta: target surprise in bits, and rate of learning.
     seed: 0 to 2**32 - 2. Randomness is a function of (seed, position), never of how many draws this process made.
     """
@@ -65,6 +66,7 @@ class Sampling:
     mirostat: int = 0
     mirostat_tau: float = 5.0
     mirostat_eta: float = 0.1
+    infill: bool = False
 
     @property
     def needs_replayed_logits(self) -> bool:
@@ -154,11 +156,13 @@ class Text:
     """A piece of the answer: whole UTF-8 characters, no part of a stop string. `ids`: tokens since the last event.
 
     logprobs: one for each id, where the ask wanted them.
+    parts: what each id has made certain, which together is the text; empty for a single id.
     """
 
     text: str
     ids: tuple[int, ...]
     logprobs: tuple[Logprob, ...] = ()
+    parts: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -166,6 +170,7 @@ class Done:
     """The answer ended well. Seconds: `queued` until a slot was free, `prefill` from then to the first token.
 
     ids: tokens since the last `Text`, which had no text to tell; most often the one that ended the answer.
+    stop: the stop string that ended it, "" for any other end.
     """
 
     finish: Finish
@@ -174,6 +179,7 @@ class Done:
     prefill_s: float
     decode_s: float
     ids: tuple[int, ...] = ()
+    stop: str = ""
 
 
 @dataclass(frozen=True)
@@ -254,12 +260,28 @@ class Stats:
 
 
 @dataclass(frozen=True)
+class InfillTokens:
+    """The control tokens that stand before the parts of a text with a gap (fill in the middle, Bavarian et al., 2022).
+
+    repository, file: before the name of each, of models that were trained on whole repositories; None for others.
+    """
+
+    prefix: int
+    suffix: int
+    middle: int
+    repository: int | None = None
+    file: int | None = None
+
+
+@dataclass(frozen=True)
 class ModelInfo:
     """What the loaded GGUF says of itself. `n_ctx_train` in tokens; `chat_template` is Jinja or empty.
 
     cell_bytes: what one token takes in the cache, 0 when unknown.
     window: how many of the last tokens its sliding-window layers can see; 0 when it has none.
     digest: what tells its weights from another model's, as hex; empty when unknown.
+    n_embd: values in a token's vector.      vocab_type: by llama.cpp's number (llama.h, enum llama_vocab_type).
+    infill: None for a model that was not trained to fill in.
     """
 
     name: str
@@ -275,3 +297,6 @@ class ModelInfo:
     cell_bytes: int = 0
     window: int = 0
     digest: str = ""
+    n_embd: int = 0
+    vocab_type: int = 0
+    infill: InfillTokens | None = None

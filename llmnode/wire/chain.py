@@ -22,6 +22,8 @@ from dataclasses import dataclass
 from hashlib import blake2b
 from typing import Any
 
+from llmnode.wire.turns import tools, turns
+
 BLOCK = 256
 """Bytes: about 64 tokens of English."""
 DENSE = 64
@@ -30,6 +32,9 @@ STEP = 4
 """Of those beyond, every so manieth is published, so that one prompt of 100,000 tokens takes 450 hashes, not 1,600."""
 _ROOT_BYTES = 1024
 _EMPTY: tuple[Any, ...] = (None, "", [], {})
+_UNTOLD = frozenset({"role", "content", "reasoning_content", "reasoning", "refusal"})
+"""Fields of a message that are written in their own way, or not at all: some clients send earlier reasoning back, and
+most templates leave it out."""
 
 
 @dataclass(frozen=True)
@@ -61,15 +66,22 @@ def salt(model: str, template: str, path: str) -> str:
 
 
 def of_request(body: Mapping[str, Any], salt: str) -> Chain:
-    """The chain of a decoded request body: of its messages, or else of its prompt. Never raises: what makes no sense
-    has a chain too, and the node that gets it says what is wrong."""
-    messages = body.get("messages")
+    """The chain of a decoded request body: of its conversation, of the parts of a text to be filled in, or else of its
+    prompt. Never raises: what makes no sense has a chain too, and the node that gets it says what is wrong."""
     try:
-        if isinstance(messages, list):
-            return of_chat(body.get("tools"), messages, salt)
+        found = turns(body)
+        if found is not None:
+            return of_chat(tools(body), found, salt)
+        if "input_prefix" in body:
+            return of_gap(body, salt)
         return of_prompt(body.get("prompt"), salt)
     except RecursionError:  # nested deeper than can be written down again
         return Chain((), 0, 0)
+
+
+def converses(body: Mapping[str, Any]) -> bool:
+    """Whether a body holds a conversation, whose next turn brings it back with the answer in it."""
+    return turns(body) is not None
 
 
 def of_chat(tools: Any, messages: Sequence[Any], salt: str) -> Chain:
@@ -94,18 +106,39 @@ def of_prompt(prompt: Any, salt: str) -> Chain:
     return _chain(written, salt, min(len(written), _ROOT_BYTES))
 
 
-def of_answered(body: Mapping[str, Any], text: str, salt: str) -> Chain:
-    """The chain that the next request begins with when this one was answered with `text`: a conversation with the
-    answer in it, or a text that goes on. Never raises."""
-    messages, prompt = body.get("messages"), body.get("prompt")
-    if isinstance(messages, list):
-        return of_request({**body, "messages": with_reply(messages, text)}, salt)
-    return of_request({"prompt": prompt + text} if isinstance(prompt, str) else body, salt)
+def of_gap(body: Mapping[str, Any], salt: str) -> Chain:
+    """The chain of a text with a gap: other files first, then what is before the gap, as the model reads them. The root
+    is that of the files, or of the first KiB where there are none."""
+    files = body.get("input_extra")
+    written = bytearray()
+    for file in files if isinstance(files, list) else []:
+        written += _record(_json(file))
+    begins = len(written)
+    for name in ("input_prefix", "input_suffix", "prompt"):
+        text = body.get(name) or ""
+        data = text.encode("utf-8", "surrogatepass") if isinstance(text, str) else _json(text)
+        written += _record(data)
+    return _chain(written, salt, begins or min(len(written), _ROOT_BYTES))
 
 
-def with_reply(messages: Sequence[Any], text: str) -> list[Any]:
+def of_answered(body: Mapping[str, Any], reply: str | Mapping[str, Any], salt: str) -> Chain:
+    """The chain that the next request begins with when this one was answered with `reply`, a text or a message: a
+    conversation with the answer in it, or a text that goes on. Never raises."""
+    prompt = body.get("prompt")
+    try:
+        found = turns(body)
+    except RecursionError:
+        return Chain((), 0, 0)
+    if found is not None:
+        return of_request({"tools": body.get("tools"), "messages": with_reply(found, reply)}, salt)
+    goes_on = isinstance(prompt, str) and isinstance(reply, str)
+    return of_request({"prompt": prompt + reply} if goes_on else body, salt)  # type: ignore[operator]
+
+
+def with_reply(messages: Sequence[Any], reply: str | Mapping[str, Any]) -> list[Any]:
     """The conversation as its next turn will send it back, with the answer in it."""
-    return [*messages, {"role": "assistant", "content": text}]
+    message = {"role": "assistant", "content": reply} if isinstance(reply, str) else reply
+    return [*messages, message]
 
 
 def publish(chains: Iterable[Sequence[int]], limit: int) -> list[int]:
@@ -163,7 +196,7 @@ def _message(message: Any) -> bytes:
     if isinstance(content, list) and all(isinstance(p, dict) and isinstance(p.get("text"), str) for p in content):
         content = "".join(part["text"] for part in content)
     role = message.get("role")
-    rest = {k: v for k, v in message.items() if k not in ("role", "content") and v not in _EMPTY}
+    rest = {k: v for k, v in message.items() if k not in _UNTOLD and v not in _EMPTY}
     if not isinstance(content, str) and content not in _EMPTY:
         rest["content"] = content
         content = ""

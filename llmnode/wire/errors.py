@@ -7,6 +7,7 @@ programs and a message for people that names the field, the limit and the value.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -52,6 +53,16 @@ class ContextLengthExceeded(InvalidRequest):
             "of which at least one must be left for the answer",
             param="messages",
         )
+
+
+class WrongKind(InvalidRequest):
+    """400: the model is there, and is for something else. kinds: what it serves, as `wire.node.Model.kinds`."""
+
+    code = "wrong_kind"
+
+    def __init__(self, model: str, path: str, kinds: Iterable[str]) -> None:
+        serves = ", ".join(kinds) or "nothing"
+        super().__init__(f"the model {model!r} cannot answer {path}; it serves: {serves}", param="model")
 
 
 class Unauthorized(ApiError):

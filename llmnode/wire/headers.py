@@ -9,6 +9,10 @@ IGNORED = "x-llmrack-ignored"
 REPORT_USAGE = "x-llmrack-report-usage"
 """Request, gate to node, value "1": end a stream with a usage comment (`wire.sse.usage_comment`) before `[DONE]`."""
 
+USAGE = "x-llmrack-usage"
+"""Response, node to gate, of an answer in one body where `REPORT_USAGE` was asked for: `PROMPT CACHED COMPLETION`, in
+tokens. A body of a million numbers need not be read for them."""
+
 NODE = "x-llmrack-node"
 """Response, gate to client: the node that answered."""
 

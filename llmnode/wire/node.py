@@ -44,12 +44,28 @@ class Usage:
             "prompt_tokens_details": {"cached_tokens": self.cached_tokens},
         }
 
+    def header(self) -> str:
+        """The value of `x-llmrack-usage`."""
+        return f"{self.prompt_tokens} {self.cached_tokens} {self.completion_tokens}"
+
+    @classmethod
+    def parse(cls, text: str) -> Usage | None:
+        """Read the header; None for anything else."""
+        numbers = text.split(" ")
+        if len(numbers) != 3 or not all(number.isascii() and number.isdecimal() for number in numbers):
+            return None
+        return cls(*map(int, numbers))
+
 
 @dataclass(frozen=True)
 class Model:
     """A model that the node serves. `n_ctx`: tokens that one request may hold, prompt and answer together.
 
+    kinds: what it serves: chat, completion, infill (it was trained to fill in), embedding, rerank.
+    n_vocab, n_ctx_train, n_embd, n_params, size_bytes, vocab_type: what its file says of it, 0 for unknown.
     template: what tells one chat template from another.
+    modalities: what it reads, of `text`, `image`, `audio`.
+    capabilities: of `tools` (it can call them), `reasoning` (told apart from its answers), `json_schema`.
     digest: what tells one model's weights from another's; answers are resumed between equal ones only. Empty: unknown.
     """
 
@@ -62,6 +78,36 @@ class Model:
     modalities: tuple[str, ...] = ("text",)
     template: str = ""
     digest: str = ""
+    n_vocab: int = 0
+    n_ctx_train: int = 0
+    n_embd: int = 0
+    n_params: int = 0
+    size_bytes: int = 0
+    vocab_type: int = 0
+    capabilities: tuple[str, ...] = ()
+
+    def card(self, name: str, created: int) -> dict[str, Any]:
+        """What /v1/models says of it under one of its names: OpenAI's fields, llama-server's `meta`, and ours."""
+        return {
+            "id": name,
+            "object": "model",
+            "created": created,
+            "owned_by": "llmrack",
+            "aliases": [other for other in (self.id, *self.aliases) if other != name],
+            "kinds": list(self.kinds),
+            "modalities": list(self.modalities),
+            "capabilities": list(self.capabilities),
+            "n_ctx": self.n_ctx,
+            "meta": {
+                "vocab_type": self.vocab_type,
+                "n_vocab": self.n_vocab,
+                "n_ctx": self.n_ctx,
+                "n_ctx_train": self.n_ctx_train,
+                "n_embd": self.n_embd,
+                "n_params": self.n_params,
+                "size": self.size_bytes,
+            },
+        }
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,8 @@ from typing import Any
 from llmnode.wire.node import Usage
 
 DONE = b"data: [DONE]\n\n"
+END = b": end\n\n"
+"""Ends the stream of an endpoint whose clients know no `[DONE]`: they read a comment as nothing."""
 KEEPALIVE = b": keepalive\n\n"
 _USAGE = b": u "
 
@@ -21,12 +23,14 @@ _USAGE = b": u "
 _ESCAPED = {0x85: "\\u0085", 0x2028: "\\u2028", 0x2029: "\\u2029"}
 
 
-def event(payload: Any) -> bytes:
-    """One `data:` event holding compact JSON, in one line by any definition of a line."""
+def event(payload: Any, name: str = "") -> bytes:
+    """One `data:` event holding compact JSON, in one line by any definition of a line; `name`: its type, if it has
+    one."""
     text = json.dumps(payload, ensure_ascii=False, separators=(",", ":"))
     if not text.isascii():
         text = text.translate(_ESCAPED)
-    return b"data: " + text.encode() + b"\n\n"
+    head = f"event: {name}\ndata: " if name else "data: "
+    return head.encode() + text.encode() + b"\n\n"
 
 
 def usage_comment(usage: Usage) -> bytes:

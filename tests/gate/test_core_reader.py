@@ -144,3 +144,14 @@ def test_a_long_body_in_small_chunks_takes_linear_time() -> None:
     for at in range(0, len(body), 4096):
         assert reader.feed(body[at : at + 4096]) == b""
     assert reader.feed(sse.DONE) == body + sse.DONE
+
+
+def test_an_endpoint_without_done_ends_in_a_comment_that_nobody_hears() -> None:
+    committed = Committed()
+    reader = Reader(committed, LIMIT)
+    first, ping, last = (sse.event({"type": name}, name) for name in ("message_start", "ping", "message_stop"))
+    assert reader.feed(first + ping) == ping, "a sign of life has no place in the order, and waits for no marker"
+    assert not reader.content
+    assert reader.feed(marker(0, 1, [7])) == first
+    assert reader.feed(last + sse.usage_comment(Usage(1, 0, 1)) + sse.END + b": more\n\n") == last
+    assert reader.done and reader.usage == Usage(1, 0, 1)

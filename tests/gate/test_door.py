@@ -213,7 +213,7 @@ def test_a_model_offered_for_another_use_is_not_a_candidate(gate: GateUnderTest,
     model = node.report.models[0]
     node.say(models=(type(model)(id="tiny", kinds=("embedding",), n_ctx=5),))
     gate.wait_node("a", lambda seen: seen["models"][0]["n_ctx"] == 5)
-    assert_error(gate.chat(), 503, "no_ready_node", "embedding only")
+    assert_error(gate.chat(), 400, "wrong_kind", "it serves: embedding")
 
 
 def test_key_commands_converge_for_a_playbook(gate: GateUnderTest) -> None:

@@ -6,6 +6,7 @@ ids and times that the gate gives each answer.
 
 from __future__ import annotations
 
+import json
 import re
 import signal
 import threading
@@ -35,6 +36,7 @@ OPTIONS = (
     "0",
 )
 ASKED = {"model": "tiny", "messages": [{"role": "user", "content": "Tell me of the fox"}], "max_tokens": 40}
+TOOLS = [{"type": "function", "function": {"name": "fetch_fox", "parameters": {"type": "object", "properties": {}}}}]
 KINDS: list[dict[str, Any]] = [
     {"temperature": 0, "ignore_eos": True},
     {"seed": 7, "top_p": 0.9, "ignore_eos": True, "stream_options": {"include_usage": True}},
@@ -44,6 +46,8 @@ KINDS: list[dict[str, Any]] = [
     {"seed": 11, "logprobs": True, "top_logprobs": 2, "ignore_eos": True},
     {"seed": 12, "ignore_eos": True, "stream": False},
     {"seed": 13, "n": 2, "ignore_eos": True, "stream": False, "mirostat": 2},
+    {"seed": 14, "tools": TOOLS, "tool_choice": "required", "max_tokens": 60},
+    {"seed": 15, "tools": TOOLS, "tool_choice": "required", "max_tokens": 60, "stream": False},
 ]
 
 
@@ -87,12 +91,12 @@ def ask_all(gate: GateUnderTest, disturb: Callable[[], None] = lambda: None) -> 
 def told(answer: httpx.Response) -> Any:
     """What the client can tell of an answer: one id, one time, one end, and what it says."""
     assert answer.status_code == 200, answer.text
-    for name in (rb'"id":"([^"]+)"', rb'"created":(\d+)'):
+    for name in (rb'"id":"(chatcmpl-[^"]+)"', rb'"created":(\d+)'):
         assert len(set(re.findall(name, answer.content))) == 1
     plain = re.sub(rb'"id":"[^"]+"', b'"id":""', answer.content)
     plain = re.sub(rb'"created":\d+', b'"created":0', plain).replace(sse.KEEPALIVE, b"")
     if not answer.headers["content-type"].startswith("text/event-stream"):
-        whole: dict[str, Any] = answer.json()
+        whole: dict[str, Any] = json.loads(plain)
         del whole["id"], whole["created"], whole["usage"]["prompt_tokens_details"]
         return whole
     assert plain.count(sse.DONE) == 1

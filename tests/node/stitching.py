@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -41,7 +42,7 @@ class Heard:
             return
         elif frame != sse.KEEPALIVE:
             self._held.append(frame)
-        self.ended = frame == sse.DONE
+        self.ended = frame in (sse.DONE, sse.END)
         if mark is not None or self.ended:
             self.frames += self._held
             self._held = []
@@ -84,11 +85,34 @@ def resumed(node: Program, data: bytes) -> list[bytes]:
         return list(frames)
 
 
+def finish_everywhere(node: Program, path: str, body: dict[str, Any], frames: list[bytes]) -> None:
+    """An answer is cut at every marker, and `node` goes on with it: no client can tell."""
+    whole = heard(frames)
+    assert whole.ended
+    expected, ids = joined(whole.frames), whole.committed.ids()
+    assert expected["rest"][-2][1] == whole.committed.size, "usage counts each id"
+    cuts = [0] + [at + 1 for at, frame in enumerate(frames) if read_marker(frame)]
+    assert len(cuts) > 1
+
+    def finished(cut: int) -> None:
+        client = heard(frames[:cut])
+        heard(resumed(node, envelope(path, body, client.committed.ids())), client)
+        assert client.ended
+        assert joined(client.frames) == expected, cut
+        assert client.committed.ids() == ids
+
+    with ThreadPoolExecutor(4) as clients:
+        list(clients.map(finished, cuts))
+
+
 def joined(frames: Iterable[bytes]) -> dict[str, Any]:
-    """choices: the chunks of each, neighbouring pieces put together.     rest: what comes after them, or in one body.
+    """choices: the chunks of each, neighbouring pieces put together.
+    logprobs: of each chat's choice, which may come with any of its chunks.
+    rest: what comes after them, or in one body.
 
     How much of a prompt was reused is a node's own affair, and is left out."""
     choices: dict[int, list[Any]] = {}
+    logprobs: dict[int, list[Any]] = {}
     rest: list[Any] = []
     for frame in frames:
         usage = sse.read_usage(frame)
@@ -104,26 +128,47 @@ def joined(frames: Iterable[bytes]) -> dict[str, Any]:
             assert 0 <= reused <= event["usage"]["prompt_tokens"]
         told = event.get("choices", ())
         if len(told) == 1 and "message" not in told[0]:
+            if "delta" in told[0] and told[0]["logprobs"]:
+                logprobs.setdefault(told[0]["index"], []).extend(told[0]["logprobs"]["content"])
+                told[0]["logprobs"] = None
             _add(choices.setdefault(told[0]["index"], []), event)
         else:
             rest.append(event)
-    return {"choices": choices, "rest": rest}
+    return {"choices": choices, "logprobs": logprobs, "rest": rest}
 
 
 def _add(chunks: list[Any], event: Any) -> None:
     before = chunks[-1]["choices"][0] if chunks else None
     choice = event["choices"][0]
+    if _is_piece(choice) and choice.get("delta") in ({}, {"content": ""}):
+        return
     if before is None or not _is_piece(before) or not _is_piece(choice):
         chunks.append(event)
         return
     if "text" in choice:
         before["text"] += choice["text"]
-    else:
-        before["delta"]["content"] += choice["delta"]["content"]
+    elif not _join(before["delta"], choice["delta"]):
+        chunks.append(event)
+        return
     if choice["logprobs"]:
         for name, value in choice["logprobs"].items():
             if isinstance(value, list):
                 before["logprobs"][name] += value
+
+
+def _join(before: dict[str, Any], delta: dict[str, Any]) -> bool:
+    """Add a piece to the one before where both are of one kind: content, reasoning, arguments of one call."""
+    if "tool_calls" not in delta:
+        (name,) = delta
+        if name in before:
+            before[name] += delta[name]
+        return name in before
+    (call,) = delta["tool_calls"]
+    last = before.get("tool_calls", [{}])[0]
+    if last.get("index") != call["index"] or "id" in call:
+        return False
+    last["function"]["arguments"] += call["function"]["arguments"]
+    return True
 
 
 def _is_piece(choice: Any) -> bool:

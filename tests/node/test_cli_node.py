@@ -12,6 +12,7 @@ import pytest
 
 from llmnode.service.settings import rows
 from llmnode.settings import Settings
+from tests import tiny_model as recipe
 from tests.conftest import Start
 
 
@@ -45,6 +46,8 @@ def complaint(result: subprocess.CompletedProcess[str], code: int) -> str:
         (["--fleet-token-file", "/does/not/exist"], "/does/not/exist"),
         (["--chat-template-file", "/does/not/exist"], "/does/not/exist"),
         (["--config", "/does/not/exist"], "/does/not/exist"),
+        (["--kind", "chat"], "auto, generate, embed, rerank"),
+        (["--kind", "rerank", "--pooling", "mean"], "pooling (mean) is for models that embed, and kind is rerank"),
     ],
 )
 @pytest.mark.parametrize("command", ["serve", "check"])
@@ -162,3 +165,22 @@ def test_without_a_model_the_handbook_model_is_served_and_said_so(start: Start) 
     assert "no model is set: serving the handbook model" in node.output()
     models = node.get("/v1/models")
     assert models is not None and [model["id"] for model in models.json()["data"]] == ["handbook"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "makes"), [("bert", "texts to vectors (pooling mean)"), ("reranker", "documents to scores")]
+)
+def test_check_says_what_a_model_is_for(kind: str, makes: str) -> None:
+    result = llmnode("check", "--model", str(recipe.make(kind)))
+    assert result.returncode == 0, result.stderr
+    lines = dict(line.split(":", 1) for line in result.stdout.splitlines() if ":" in line)
+    assert lines["makes"].strip() == makes
+    assert lines["texts"].strip() == "4 at once, each of 512 tokens at most (trained for 512)"
+    assert "chat template" not in lines
+
+
+def test_a_model_is_not_made_to_do_what_it_cannot() -> None:
+    line = complaint(llmnode("check", "--model", str(recipe.make("bert")), "--kind", "rerank"), 3)
+    assert "cannot rank: it has no classifier" in line
+    line = complaint(llmnode("check", "--model", str(recipe.make("bert")), "--kind", "generate"), 3)
+    assert "cannot generate text" in line

@@ -38,7 +38,7 @@ def vectors(backend: LlamaPooling, texts: list[list[int]]) -> list[np.ndarray]:
 
 
 def test_a_vector_is_the_same_alone_and_in_company(backend: LlamaPooling) -> None:
-    ids = [backend.tokenize(text) for text in TEXTS]
+    ids = [backend.tokenize(text, special=False, ends=True) for text in TEXTS]
     together = vectors(backend, ids)
     assert together[0].shape == (backend.width,)
     for text, vector in zip(ids, together, strict=True):
@@ -49,7 +49,7 @@ def test_a_vector_is_the_same_alone_and_in_company(backend: LlamaPooling) -> Non
 def test_pooling_is_what_its_name_says() -> None:
     """Of an encoder's vectors of all tokens, each pooling can be had by hand."""
     made = {name: llama.load_pooling(options("bert", pooling=name)) for name in ("none", "mean", "cls", "last")}
-    ids = [made["mean"].tokenize(text) for text in TEXTS]
+    ids = [made["mean"].tokenize(text, special=False, ends=True) for text in TEXTS]
     rows = vectors(made["none"], ids)
     assert [row.shape for row in rows] == [(len(text), 64) for text in ids]
     by_hand = {"mean": lambda row: row.mean(axis=0), "cls": lambda row: row[0], "last": lambda row: row[-1]}
@@ -70,12 +70,17 @@ def test_the_model_says_how_to_pool() -> None:
 def test_texts_and_pairs_get_the_ends_that_the_model_wants() -> None:
     bert, tiny = llama.load_pooling(options("bert")), llama.load_pooling(options("tiny"))
     cls, sep = 101, 102
-    hello, world = bert.tokenize("hello")[1:-1], bert.tokenize("world")[1:-1]
-    assert bert.tokenize("hello") == [cls, *hello, sep]
+    hello, world = (
+        bert.tokenize("hello", special=False, ends=True)[1:-1],
+        bert.tokenize("world", special=False, ends=True)[1:-1],
+    )
+    assert bert.tokenize("hello", special=False, ends=True) == [cls, *hello, sep]
     assert bert.pair("hello", "world") == [cls, *hello, sep, *world, sep]
-    assert bert.tokenize("[SEP]") != [cls, sep, sep], "a control token written out in a text is text"
-    assert bert.tokenize("") == [cls, sep]
-    assert tiny.tokenize("hello")[0] == 1
+    assert bert.tokenize("[SEP]", special=False, ends=True) != [cls, sep, sep], (
+        "a control token written out in a text is text"
+    )
+    assert bert.tokenize("", special=False, ends=True) == [cls, sep]
+    assert tiny.tokenize("hello", special=False, ends=True)[0] == 1
     bert.close()
     tiny.close()
 
@@ -90,8 +95,8 @@ def test_a_batch_that_cannot_be_is_refused_without_harm(backend: LlamaPooling) -
 
 def test_many_texts_are_split_over_batches() -> None:
     backend = llama.load_pooling(options("bert", slots=4, n_ctx=64, n_batch=100))
-    expected = [vectors(backend, [backend.tokenize(text)])[0] for text in TEXTS[:3]]
-    ids = tuple(tuple(backend.tokenize(text)) for text in TEXTS[:3]) * 20
+    expected = [vectors(backend, [backend.tokenize(text, special=False, ends=True)])[0] for text in TEXTS[:3]]
+    ids = tuple(tuple(backend.tokenize(text, special=False, ends=True)) for text in TEXTS[:3]) * 20
     engine = PoolingEngine(backend)
     came = threading.Event()
     got: list[PoolingEvent] = []
@@ -181,7 +186,7 @@ def test_a_model_that_only_embeds_is_not_asked_to_generate() -> None:
 
 @pytest.mark.parametrize("kind", ["bert", "tiny"])
 def test_the_estimate_is_what_llama_cpp_then_takes(kind: str) -> None:
-    fit = llama.estimate_pooling(options(kind))
+    fit = llama.estimate_pooling(options(kind)).fit
     with native().listening() as lines:
         llama.load_pooling(options(kind, fit_check=False)).close()
     counted = {part.what: part.size for part in fit.parts}

@@ -323,7 +323,7 @@ def test_vectors_are_cut_and_scaled_as_asked() -> None:
 
 def test_the_fakes_tokens_are_bytes_between_ends() -> None:
     backend = FakePooling(ROOM, pooling="none")
-    assert backend.tokenize("ab") == [256, 97, 98, 257]
+    assert backend.tokenize("ab", special=False, ends=True) == [256, 97, 98, 257]
     assert backend.pair("a", "b") == [256, 97, 258, 98, 257]
     assert backend.pool([[1, 2, 3], [4]]) == 0
     assert backend.vector(0).shape == (3, 32)

@@ -168,5 +168,7 @@ def test_several_tokens_at_once_share_the_time_they_took() -> None:
 
 
 def test_a_request_costs_its_prompt_once() -> None:
-    assert total([Usage(5, 2, 3)]) == Usage(5, 2, 3)
-    assert total([Usage(5, 0, 3), Usage(5, 4, 4), Usage(5, 4, 5)]) == Usage(5, 0, 12)
+    assert total({0: Usage(5, 2, 3)}) == Usage(5, 2, 3)
+    assert total({2: Usage(5, 4, 5), 0: Usage(5, 0, 3), 1: Usage(5, 4, 4)}) == Usage(5, 0, 12)
+    four = {3: Usage(7, 6, 1), 0: Usage(5, 0, 3), 1: Usage(5, 4, 4), 2: Usage(7, 1, 2)}
+    assert total(four, prompts=2) == Usage(12, 1, 10), "of each prompt once"

@@ -16,9 +16,11 @@ from typing import Any
 import httpx
 import pytest
 
+from llmnode.api.preparing import Served
 from llmnode.api.schema import ChatRequest, Options
-from llmnode.api.serving import Served
-from llmnode.chat.template import ChatTemplate
+from llmnode.chat.renderer import Renderer
+from llmnode.chat.rendering import Rendering
+from llmnode.chat.template import fingerprint
 from llmnode.engine import llama
 from llmnode.engine.backend import Room
 from llmnode.engine.fake import FakeBackend
@@ -29,7 +31,17 @@ from llmnode.wire import headers
 from llmnode.wire.node import Load, Report
 from llmnode.wire.resume import Origin, Resume, read_marker
 from tests.conftest import Start
-from tests.node.stitching import FIXED, Heard, begun, envelope, heard, joined, opened, resumed
+from tests.node.stitching import (
+    FIXED,
+    Heard,
+    begun,
+    envelope,
+    finish_everywhere,
+    heard,
+    joined,
+    opened,
+    resumed,
+)
 from tests.processes import Program, wait_for
 from tests.rescoring import is_credible, rescored
 
@@ -94,24 +106,7 @@ def test_an_answer_cut_at_any_marker_is_finished_elsewhere(
     name: str, second: Program, undisturbed: dict[str, list[bytes]]
 ) -> None:
     path, body = CASES[name]
-    frames = undisturbed[name]
-    whole = heard(frames)
-    assert whole.ended
-    expected, ids = joined(whole.frames), whole.committed.ids()
-    completion_tokens = expected["rest"][-2][1]
-    assert completion_tokens == whole.committed.size
-    cuts = [0] + [at + 1 for at, frame in enumerate(frames) if read_marker(frame)]
-    assert len(cuts) > 1
-
-    def finished(cut: int) -> None:
-        client = heard(frames[:cut])
-        heard(resumed(second, envelope(path, body, client.committed.ids())), client)
-        assert client.ended
-        assert joined(client.frames) == expected, cut
-        assert client.committed.ids() == ids
-
-    with ThreadPoolExecutor(4) as clients:
-        list(clients.map(finished, cuts))
+    finish_everywhere(second, path, body, undisturbed[name])
 
 
 def test_a_resume_that_skips_one_token_is_noticed(second: Program, undisturbed: dict[str, list[bytes]]) -> None:
@@ -233,7 +228,7 @@ def test_a_node_says_what_it_takes_to_resume_its_answers(second: Program) -> Non
     (model,) = report.models
     assert report.resume == 1
     assert len(model.digest) == 32 and model.digest == FakeBackend(Room(1, 8, 8, 8)).info.digest
-    assert model.template == f"model:{ChatTemplate(FakeBackend(Room(1, 8, 8, 8)).info.chat_template).fingerprint}"
+    assert model.template == f"model:{fingerprint(FakeBackend(Room(1, 8, 8, 8)).info.chat_template)}"
     said = {headers.RESUMABLE: FIXED.header()}
     with httpx.stream("POST", second.url + CHAT, json=ASKED, headers=said, timeout=60) as answer:
         origin = Origin.parse(answer.headers[headers.ORIGIN])
@@ -279,13 +274,14 @@ def test_the_shorter_deadline_counts(start: Start, ours: str, given: str) -> Non
 
 def test_the_template_sees_the_time_that_was_fixed(monkeypatch: pytest.MonkeyPatch) -> None:
     backend = FakeBackend(Room(1, 512, 512, 8))
-    served = Served(None, backend, ChatTemplate("{{ strftime_now('%Y-%m-%d %H:%M') }}"), ())  # type: ignore[arg-type]
+    source = "{{ strftime_now('%Y-%m-%d %H:%M') }}"
+    served = Served(None, backend, Renderer(source, Rendering(source, "", "", ()).do), ())  # type: ignore[arg-type]
     request = ChatRequest(({"role": "user", "content": "x"},), Options("m", Sampling(), 1, (), False, True, False, ()))
     assert served.prepare(request, 253_402_300_799)
     for zone in ("UTC", "Asia/Tokyo", "America/Lima"):
         monkeypatch.setenv("TZ", zone)
         time.tzset()
-        ids, _ = served.prepare(request, 1_900_000_000)
+        ids = served.prepare(request, 1_900_000_000).prompt
         assert bytes(ids) == b"2030-03-17 17:46"
     monkeypatch.undo()
     time.tzset()

@@ -11,8 +11,10 @@ from typing import Any, TypeVar
 import pytest
 
 from llmnode.api import stream
-from llmnode.api.shape import LogprobWriter, Shape
-from llmnode.api.stream import Chunks, Mailbox, Marks, Style, Telling
+from llmnode.api.chunks import Chunks, OpenAI
+from llmnode.api.logprobs import LogprobWriter
+from llmnode.api.shape import Shape
+from llmnode.api.stream import Mailbox, Marks, Style, Telling
 from llmnode.engine.types import Done, Event, Failed, Finish, Logprob, Text
 from llmnode.wire import sse
 from llmnode.wire.errors import ApiError, DeadlineExceeded, Overloaded
@@ -21,9 +23,9 @@ from llmnode.wire.resume import HANDOVER, read_marker
 
 T = TypeVar("T")
 CHAT, TEXT = Shape("id", 1, "m", chat=True), Shape("id", 1, "m", chat=False)
-PLAIN = Style(include_usage=False, report_usage=False)
+PLAIN = Style(report_usage=False)
 PIECES = [b"a", b"b", b"c"]
-IMPATIENT = Style(include_usage=False, report_usage=False, keepalive_s=0.01)
+IMPATIENT = Style(report_usage=False, keepalive_s=0.01)
 
 
 def say(text: str, *ids: int) -> Text:
@@ -56,6 +58,7 @@ def payloads(frames: Sequence[bytes]) -> list[Any]:
 
 
 def streamed(batches: Sequence[Sequence[tuple[int, Event]]], shape: Shape = CHAT, style: Style = PLAIN,
+             include_usage: bool = False,
              choices: int = 1, top: int | None = None, marks: Marks | None = None) -> list[bytes]:  # fmt: skip
     """The frames of a stream whose reader sees the events in these batches."""
 
@@ -67,7 +70,9 @@ def streamed(batches: Sequence[Sequence[tuple[int, Event]]], shape: Shape = CHAT
             else []
         )
         reader = asyncio.ensure_future(
-            collect(stream.frames(box, Telling(Chunks(shape, style, writers), style, marks)))
+            collect(
+                stream.frames(box, Telling(Chunks(shape, include_usage=include_usage, writers=writers), style, marks))
+            )
         )
         for batch in batches:
             await asyncio.sleep(0)
@@ -80,20 +85,21 @@ def streamed(batches: Sequence[Sequence[tuple[int, Event]]], shape: Shape = CHAT
 
 
 @pytest.mark.parametrize("shape", [CHAT, TEXT])
-@pytest.mark.parametrize("style", [PLAIN, Style(True, True)])
+@pytest.mark.parametrize("style", [PLAIN, Style(True)])
+@pytest.mark.parametrize("include_usage", [False, True])
 @pytest.mark.parametrize(
     "text",
     ["hello", "", 'quote " and \\ slash', "\0\x1f\x7f", "line\nfeed\r", "é €", "\x85\u2028\u2029", "😀", "</data>"],
 )
-def test_a_chunk_is_what_json_makes_of_the_shape(shape: Shape, style: Style, text: str) -> None:
+def test_a_chunk_is_what_json_makes_of_the_shape(shape: Shape, style: Style, include_usage: bool, text: str) -> None:
     """Its constant parts are written once for a stream: the bytes must be those of writing each chunk anew."""
-    usage = {"usage": None} if style.include_usage else {}
+    usage = {"usage": None} if include_usage else {}
     first = shape.first(0)
     expected = [] if first is None else [sse.event({**first, **usage})]
     for piece in ("x", text, text):
         expected += [sse.event({**shape.piece(0, piece), **usage})] if piece else []
-    expected.append(sse.event({**shape.last(0, Finish.STOP), **usage}))
-    expected += [sse.event(shape.usage(Usage(5, 0, 1)))] if style.include_usage else []
+    expected.append(sse.event({**shape.last(0, "stop"), **usage}))
+    expected += [sse.event(shape.usage(Usage(5, 0, 1)))] if include_usage else []
     expected += [sse.usage_comment(Usage(5, 0, 1))] if style.report_usage else []
     expected.append(sse.DONE)
     batches: list[list[tuple[int, Event]]] = [
@@ -102,7 +108,7 @@ def test_a_chunk_is_what_json_makes_of_the_shape(shape: Shape, style: Style, tex
         [(0, say(text, 0))],
         [(0, done())],
     ]
-    assert b"".join(streamed(batches, shape, style)) == b"".join(expected)
+    assert b"".join(streamed(batches, shape, style, include_usage)) == b"".join(expected)
 
 
 def test_what_has_piled_up_is_one_chunk() -> None:
@@ -124,7 +130,7 @@ def test_choices_are_told_apart_and_the_stream_ends_with_the_last_of_them() -> N
         [(2, done(0, cached=4))],
         [(1, say("z", 2)), (1, done(3, cached=1))],
     ]
-    *chunks, usage, done_ = payloads(streamed(batches, style=Style(True, False), choices=3))
+    *chunks, usage, done_ = payloads(streamed(batches, include_usage=True, choices=3))
     assert done_ == "[DONE]"
     said: dict[int, list[Any]] = {0: [], 1: [], 2: []}
     for chunk in chunks:
@@ -152,9 +158,8 @@ def test_a_stream_and_a_body_report_the_same_logprobs(shape: Shape) -> None:
         for event in [*events, done(3)]:
             box.put(0, event)
         answers, usage = await stream.whole(box)
-        return shape.whole(answers, usage, [LogprobWriter(PIECES, chat=shape.chat, top=1, ends=())])["choices"][0][
-            "logprobs"
-        ]
+        writers = [LogprobWriter(PIECES, chat=shape.chat, top=1, ends=())]
+        return OpenAI(shape, writers=writers).whole(answers, usage)["choices"][0]["logprobs"]
 
     expected = run(whole())
     one_by_one = [[(0, event)] for event in [*events, done(3)]]
@@ -232,7 +237,7 @@ def test_a_reader_of_a_body_is_woken_once() -> None:
         box.put(1, done())
         box.put(0, done())
         answers, _ = await reader
-        assert [answer.text for answer in answers] == ["a" * 50, "b" * 50]
+        assert [answer.message.content for answer in answers] == ["a" * 50, "b" * 50]
         return box.rings
 
     assert run(main()) == 1
@@ -241,7 +246,7 @@ def test_a_reader_of_a_body_is_woken_once() -> None:
 def test_silence_is_broken_by_comments_which_do_not_end_the_stream() -> None:
     async def main() -> list[bytes]:
         box, got = mailbox(), []
-        async for frame in stream.frames(box, Telling(Chunks(CHAT, IMPATIENT), IMPATIENT)):
+        async for frame in stream.frames(box, Telling(Chunks(CHAT, include_usage=False), IMPATIENT)):
             got.append(frame)
             if len(got) == 3:
                 box.put(0, say("a", 0))
@@ -256,7 +261,7 @@ def test_silence_is_broken_by_comments_which_do_not_end_the_stream() -> None:
 def test_a_failure_after_a_comment_is_an_event() -> None:
     async def main() -> list[bytes]:
         box, got = mailbox(), []
-        async for frame in stream.frames(box, Telling(Chunks(CHAT, IMPATIENT), IMPATIENT)):
+        async for frame in stream.frames(box, Telling(Chunks(CHAT, include_usage=False), IMPATIENT)):
             got.append(frame)
             box.fail(Overloaded("full"))
         return got

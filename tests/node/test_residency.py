@@ -11,9 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmnode.api import schema
+from llmnode.api.preparing import Served
 from llmnode.api.residency import MOST_BLOCKS, Prefix, Residency, prefix
-from llmnode.api.serving import Served
-from llmnode.chat.template import ChatTemplate
+from llmnode.chat.renderer import Renderer
+from llmnode.chat.rendering import Rendering
 from llmnode.engine import memory
 from llmnode.engine.backend import Room
 from llmnode.engine.fake import BOS, FakeBackend
@@ -112,8 +113,9 @@ class Node:
 
     def __init__(self, engine: Engine, backend: FakeBackend) -> None:
         self._engine = engine
-        template = ChatTemplate(backend.info.chat_template, bos=backend.info.bos, eos=backend.info.eos)
-        self._served = Served(engine, backend, template, (BOS,))
+        source = backend.info.chat_template
+        work = Rendering(source, backend.info.bos, backend.info.eos, ())
+        self._served = Served(engine, backend, Renderer(source, work.do), (BOS,))
         self._rules = schema.Rules(models=("fake",), n_vocab=backend.info.n_vocab)
         self.residency = Residency()
 
@@ -121,7 +123,7 @@ class Node:
         """The answer's text, and how many tokens of the prompt were found."""
         body = {"messages": messages, "max_tokens": most, "seed": 1}
         request = schema.chat(body, self._rules, seed=0)
-        prompt, _ = self._served.prepare(request, 0)
+        prompt = self._served.prepare(request, 0).prompt
         (tag,) = self.residency.asked(prefix(request, len(prompt), SALT), 1)
         answer = Answer()
         id = self._engine.submit(Ask(prompt, request.options.sampling, most, tag=tag), answer)

@@ -5,17 +5,25 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmnode.api import schema
+from llmnode.api import constraints, embeddings, messages, native, rerank, schema, tokens, tools
+from llmnode.api.chunks import OpenAI
+from llmnode.api.constraints import Constraint
 from llmnode.api.fields import Fields
-from llmnode.api.schema import REFUSED, ChatRequest, CompletionRequest, Constraint, Rules
-from llmnode.api.shape import Answer, LogprobWriter, Shape
-from llmnode.engine.types import Finish, Logprob, Sampling
-from llmnode.wire.errors import InvalidRequest
+from llmnode.api.logprobs import LogprobWriter
+from llmnode.api.narrator import Answer, Ending
+from llmnode.api.rules import Rules
+from llmnode.api.schema import REFUSED, ChatRequest, CompletionRequest
+from llmnode.api.shape import Shape
+from llmnode.api.tools import SchemaLimits
+from llmnode.chat.pieces import Message
+from llmnode.engine.types import Logprob, Sampling
+from llmnode.wire.errors import ApiError, InvalidRequest
 from llmnode.wire.node import Usage
 
 RULES = Rules(models=("m", "alias"), n_vocab=100)
@@ -55,7 +63,7 @@ def test_every_honoured_field_arrives() -> None:
 
 
 def test_every_sampler_that_the_engine_has_can_be_asked_for() -> None:
-    """The names are llama.cpp's; what is asked for differs from every default."""
+    """The names are llama.cpp's; what is asked for differs from every default. `infill` is of /completion alone."""
     asked = {
         "temperature": 0.5, "top_k": 7, "top_p": 0.9, "min_p": 0.1, "seed": 11, "typical_p": 0.8, "top_n_sigma": 1.5,
         "xtc_probability": 0.3, "xtc_threshold": 0.2, "dry_multiplier": 0.8, "dry_base": 2, "dry_allowed_length": 3,
@@ -79,7 +87,7 @@ def test_every_sampler_that_the_engine_has_can_be_asked_for() -> None:
         for field in dataclasses.fields(Sampling)
         if getattr(wanted, field.name) == getattr(plain, field.name)
     ]
-    assert same == [], "a new sampler: read it, then ask for it here"
+    assert same == ["infill"], "a new sampler: read it, then ask for it here"
 
 
 def test_llama_cpps_minus_one_switches_off() -> None:
@@ -331,7 +339,7 @@ CHAT, TEXT = Shape("i", 1, "m", chat=True), Shape("i", 1, "m", chat=False)
 
 
 def test_the_shapes_are_openais() -> None:
-    assert CHAT.whole([Answer("hi", Finish.STOP)], USAGE) == {
+    assert CHAT.whole([Answer(Message("hi"), Ending("stop"))], USAGE) == {
         **FRAME,
         "object": "chat.completion",
         "choices": [
@@ -349,7 +357,7 @@ def test_the_shapes_are_openais() -> None:
             "prompt_tokens_details": {"cached_tokens": 1},
         },
     }
-    assert CHAT.last(0, Finish.LENGTH) == {
+    assert CHAT.last(0, "length") == {
         **FRAME,
         "object": "chat.completion.chunk",
         "choices": [{"index": 0, "delta": {}, "logprobs": None, "finish_reason": "length"}],
@@ -371,12 +379,12 @@ DRAWN = (
     Logprob(4, -0.1, ((4, -0.1), (0, -3.0))),
 )
 """The last one ends the answer: it is no part of it."""
+ANSWER = Answer(Message("He€!"), Ending("stop"), DRAWN)
 
 
 def test_a_chat_reports_logprobs_in_openais_shape() -> None:
-    (body,) = CHAT.whole(
-        [Answer("He€!", Finish.STOP, DRAWN)], USAGE, [LogprobWriter(PIECES, chat=True, top=2, ends={4})]
-    )["choices"]  # fmt: skip
+    writer = LogprobWriter(PIECES, chat=True, top=2, ends={4})
+    (body,) = OpenAI(CHAT, writers=[writer]).whole([ANSWER], USAGE)["choices"]
     assert set(body["logprobs"]) == {"content", "refusal"}
     first, half, rest, last = body["logprobs"]["content"]
     assert first == {
@@ -396,8 +404,8 @@ def test_a_chat_reports_logprobs_in_openais_shape() -> None:
 
 
 def test_a_completion_reports_logprobs_in_openais_older_shape() -> None:
-    answer = Answer("He€!", Finish.STOP, DRAWN)
-    (body,) = TEXT.whole([answer], USAGE, [LogprobWriter(PIECES, chat=False, top=2, ends={4})])["choices"]
+    writer = LogprobWriter(PIECES, chat=False, top=2, ends={4})
+    (body,) = OpenAI(TEXT, writers=[writer]).whole([ANSWER], USAGE)["choices"]
     assert body["logprobs"] == {
         "tokens": ["He", "bytes:\\xe2\\x82", "bytes:\\xac", "!"],
         "token_logprobs": [-0.5, -3.0, -9999.0, 0.0],
@@ -409,7 +417,8 @@ def test_a_completion_reports_logprobs_in_openais_older_shape() -> None:
         ],
         "text_offset": [0, 2, 2, 3],
     }
-    (bare,) = TEXT.whole([answer], USAGE, [LogprobWriter(PIECES, chat=False, top=0, ends={4})])["choices"]
+    writer = LogprobWriter(PIECES, chat=False, top=0, ends={4})
+    (bare,) = OpenAI(TEXT, writers=[writer]).whole([ANSWER], USAGE)["choices"]
     assert bare["logprobs"]["top_logprobs"] is None
 
 
@@ -433,6 +442,90 @@ def test_logprobs_in_pieces_are_those_of_the_whole(chat: bool) -> None:
                 assert parts[0][name] + parts[1][name] == value
 
 
+SAMPLES: dict[str, Any] = {
+    "messages": HELLO, "model": "m", "n": 2, "stop": "x", "stream": True, "seed": 1, "max_tokens": 5,
+    "max_completion_tokens": 5, "temperature": 0.5, "top_p": 0.5, "frequency_penalty": 1, "presence_penalty": 1,
+    "logit_bias": {"1": 1}, "logprobs": True, "tool_choice": "none", "parallel_tool_calls": False,
+    "tools": [{"type": "function", "function": {"name": "f"}}], "response_format": {"type": "json_object"},
+    "reasoning_effort": "low", "enable_thinking": False, "thinking_budget_tokens": 5, "thinking_budget": 5,
+    "reasoning_budget": 5, "chat_template_kwargs": {"x": 1}, "continue_final_message": False, "chat_template": "x",
+    "add_generation_prompt": False, "audio": {"voice": "a"}, "modalities": ["text", "audio"], "verbosity": "low",
+    "web_search_options": {}, "functions": [{"name": "f"}], "function_call": "auto", "metadata": {"a": "b"},
+    "store": True, "user": "u", "safety_identifier": "s", "service_tier": "flex", "prompt_cache_key": "k",
+    "prompt_cache_retention": "24h", "prediction": {"type": "content", "content": "x"},
+}  # fmt: skip
+"""A value that asks for something, for each field of OpenAI's chat request and those that open servers share."""
+WITH: dict[str, dict[str, Any]] = {"stream_options": {"stream": True}, "top_logprobs": {"logprobs": True}}
+SAMPLES |= {"stream_options": {"include_usage": True}, "top_logprobs": 2}
+
+
+def test_the_docs_say_what_becomes_of_every_field_of_a_chat() -> None:
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+    table = page.partition("| field of a chat |")[2].partition("\n\n")[0].splitlines()[2:]
+    said = {name: verdict for row in table for names, verdict in [row.strip("| ").split(" | ", 1)]
+            for name in re.findall("`([a-z_]+)`", names)}  # fmt: skip
+    assert set(said) == set(SAMPLES)
+    rules = dataclasses.replace(RULES, switches=("enable_thinking",), thinks=True)
+    for name, verdict in said.items():
+        fields = {**WITH.get(name, {}), name: SAMPLES[name]}
+        try:
+            ignored = chat(rules, **fields).options.ignored
+            found = "advice" if ignored == (name,) else "honoured" if ignored == () else f"{ignored}"
+        except InvalidRequest as error:
+            assert error.param == name
+            found = "refused"
+        assert verdict.startswith(found) or name == "chat_template", (name, found, verdict)
+    assert chat(dataclasses.replace(RULES, request_templates=True), chat_template="x").prompting.template == "x"
+
+
+def test_what_a_model_cannot_do_is_said_to_have_no_effect() -> None:
+    request = chat(reasoning_effort="high", thinking_budget_tokens=5)
+    assert request.options.ignored == ("reasoning_effort", "thinking_budget_tokens")
+    assert request.prompting.budget is None
+
+
+@pytest.mark.parametrize(
+    ("limit", "fields", "status", "param", "says"),
+    [
+        ({"max_messages": 1}, {"messages": HELLO * 2}, 413, "messages", "1 messages at most, got 2"),
+        (
+            {"max_tools": 1},
+            {"tools": [{"function": {"name": n}} for n in "ab"]},
+            400,
+            "tools",
+            "1 tools at most, got 2",
+        ),
+        ({"max_stops": 1}, {"stop": ["a", "b"]}, 400, "stop", "1 texts at most, got 2"),
+        ({"max_stop_characters": 2}, {"stop": "abc"}, 400, "stop", "2 characters at most, got 3"),
+        ({"max_logit_bias": 1}, {"logit_bias": {"1": 1, "2": 1}}, 400, "logit_bias", "1 tokens at most, got 2"),
+        ({"max_choices": 2}, {"n": 3}, 400, "n", "from 1 to 2, got 3"),
+        ({"max_grammar_bytes": 5}, {"grammar": "root ::= x"}, 400, "grammar", "5 bytes at most, got 10"),
+        ({"schema": SchemaLimits(bytes=5)}, {"json_schema": {"type": "null"}}, 400, "json_schema", "5 bytes at most"),
+        (
+            {"schema": SchemaLimits(depth=2)},
+            {"tools": [{"function": {"name": "f", "parameters": {"properties": {"a": {}}}}}]},
+            400,
+            "tools[0].function.parameters",
+            "2 levels deep at most",
+        ),
+    ],
+)
+def test_limits_of_a_chat_are_named(
+    limit: dict[str, Any], fields: dict[str, Any], status: int, param: str, says: str
+) -> None:
+    with pytest.raises(ApiError, match=re.escape(says)) as caught:
+        chat(dataclasses.replace(RULES, **limit), **fields)
+    assert (caught.value.status, caught.value.param) == (status, param)
+
+
+def test_deep_schemas_are_measured_without_recursion() -> None:
+    deep: dict[str, Any] = {}
+    for _ in range(100_000):
+        deep = {"items": deep}
+    with pytest.raises(InvalidRequest, match="levels deep"):
+        chat(json_schema=deep)
+
+
 def test_every_field_that_is_read_is_in_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
     looked_at: set[str] = set()
 
@@ -441,10 +534,35 @@ def test_every_field_that_is_read_is_in_the_docs(monkeypatch: pytest.MonkeyPatch
             looked_at.add(name)
             return super().get(name)
 
-    monkeypatch.setattr(schema, "Fields", Spy)
+    for module in (schema, constraints, messages, tools):
+        monkeypatch.setattr(module, "Fields", Spy)
     chat(stream=True, stream_options={}, response_format={"type": "json_schema", "json_schema": {"schema": {}}})
     completion(response_format={"type": "json_object"})
     page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
-    inner = {"role", "content", "name", "reasoning_content", "tool_calls", "include_usage", "type", "schema", "strict"}
+    inner = {"role", "content", "name", "reasoning", "refusal", "prefix", "text", "function"}
+    inner |= {"include_usage", "type", "schema", "strict", "json_schema", "tool_call_id"}
     missing = {name for name in looked_at - set(REFUSED) - inner if f"`{name}`" not in page}
-    assert missing == {"stream_options"}  # which is there as stream_options.include_usage
+    assert not missing
+
+
+def test_every_field_of_the_other_endpoints_is_in_the_docs(monkeypatch: pytest.MonkeyPatch) -> None:
+    looked_at: set[str] = set()
+
+    class Spy(Fields):
+        def get(self, name: str) -> Any:
+            looked_at.add(name)
+            return super().get(name)
+
+    for module in (embeddings, rerank, tokens, native):
+        monkeypatch.setattr(module, "Fields", Spy)
+    names, allowed = ("m",), {"most": 9, "strict": False}
+    embeddings.read({"input": "a"}, names, embeddings.Scale(4, False, 9), native=True, pools=True, **allowed)
+    rerank.read({"query": "a", "documents": ["b"]}, names, **allowed)
+    rerank.read({"query": "a", "texts": ["b"]}, names, **allowed)
+    tokens.read_text({"content": "a"}, names, 9, strict=False)
+    tokens.read_ids({"tokens": [1]}, names, 9, strict=False)
+    native.completion({"prompt": "a"}, RULES, seed=1)
+    native.infill({"input_prefix": "a", "input_suffix": "b"}, RULES, seed=1)
+    page = (Path(__file__).resolve().parents[2] / "docs" / "api.md").read_text()
+    refused = {*embeddings.REFUSED, *rerank.REFUSED, "model"}
+    assert {name for name in looked_at - refused if f"`{name}`" not in page} == set()

@@ -178,3 +178,134 @@ def test_a_chain_is_the_same_on_every_machine() -> None:
     """A gate and a node one release apart must agree."""
     found = chain.of_chat(None, [{"role": "user", "content": "x" * 300}], "salt")
     assert [f"{block:016x}" for block in found.blocks] == ["fa879f87f062d4d2"]
+
+
+SYSTEM, QUESTION, REPLY, MORE = "s" * 700, "u" * 450, "a" * 900, "and then"
+MARK = {"cache_control": {"type": "ephemeral"}}
+TURNS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "Anthropic's, whose mark of the cache moves on": (
+        {
+            "system": [
+                {"type": "text", "text": "x-anthropic-billing-header: cch=1;"},
+                {"type": "text", "text": SYSTEM, **MARK},
+            ],
+            "messages": [{"role": "user", "content": [{"type": "text", "text": QUESTION, **MARK}]}],
+        },
+        {
+            "system": [
+                {"type": "text", "text": "x-anthropic-billing-header: cch=2;"},
+                {"type": "text", "text": SYSTEM, **MARK},
+            ],
+            "messages": [
+                {"role": "user", "content": [{"type": "text", "text": QUESTION}]},
+                {"role": "assistant", "content": [{"type": "text", "text": REPLY}]},
+                {"role": "user", "content": [{"type": "text", "text": MORE, **MARK}]},
+            ],
+        },
+    ),
+    "Responses, a text and then items as they came": (
+        {"instructions": SYSTEM, "input": QUESTION},
+        {
+            "instructions": SYSTEM,
+            "input": [
+                {"role": "user", "content": QUESTION},
+                {
+                    "id": "msg_1",
+                    "type": "message",
+                    "status": "completed",
+                    "role": "assistant",
+                    "content": [{"type": "output_text", "text": REPLY, "annotations": [], "logprobs": []}],
+                },
+                {"type": "message", "role": "user", "content": [{"type": "input_text", "text": MORE}]},
+            ],
+        },
+    ),
+}
+
+
+CALL = {"role": "assistant", "content": "I look.", "reasoning_content": "Hm."}
+CALL["tool_calls"] = [{"id": "c1", "type": "function", "function": {"name": "f", "arguments": '{"b": 1, "a": 2}'}}]  # type: ignore[assignment]
+RESULTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "chat's": (
+        {"messages": [{"role": "user", "content": QUESTION}]},
+        {"messages": [{"role": "user", "content": QUESTION}, CALL, {"role": "tool", "tool_call_id": "c1"}]},
+    ),
+    "Anthropic's": (
+        {"messages": [{"role": "user", "content": QUESTION}]},
+        {
+            "messages": [
+                {"role": "user", "content": QUESTION},
+                {
+                    "role": "assistant",
+                    "content": [
+                        {"type": "thinking", "thinking": "Hm.", "signature": "x"},
+                        {"type": "text", "text": "I look."},
+                        {"type": "tool_use", "id": "c1", "name": "f", "input": {"a": 2, "b": 1}, **MARK},
+                    ],
+                },
+                {"role": "user", "content": [{"type": "tool_result", "tool_use_id": "c1", "content": "yes"}]},
+            ]
+        },
+    ),
+    "Responses": (
+        {"input": QUESTION},
+        {
+            "input": [
+                {"role": "user", "content": QUESTION},
+                {
+                    "type": "reasoning",
+                    "id": "rs_1",
+                    "summary": [],
+                    "content": [{"type": "reasoning_text", "text": "Hm."}],
+                },
+                {"type": "message", "role": "assistant", "content": [{"type": "output_text", "text": "I look."}]},
+                {"type": "function_call", "id": "fc", "call_id": "c1", "name": "f", "arguments": '{"a": 2, "b": 1}'},
+                {"type": "function_call_output", "call_id": "c1", "output": "yes"},
+            ]
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", RESULTS)
+def test_every_shape_of_a_call_that_is_sent_back_is_found(name: str) -> None:
+    """The question is cut so that the call is in a block of its own, and nothing else is."""
+    first, then = RESULTS[name]
+    held = chain.of_answered(first, CALL, "m")
+    whole = chain.of_request(then, "m")
+    assert len(held.blocks) == 2 < held.size / BLOCK
+
+    assert whole.depth(frozenset(held.blocks)) == len(held.blocks)
+    assert chain.of_request(RESULTS["chat's"][1], "m").blocks[: len(held.blocks)] == held.blocks
+
+
+@pytest.mark.parametrize("name", TURNS)
+def test_every_shape_of_a_next_turn_begins_with_what_the_node_says_it_holds(name: str) -> None:
+    first, then = TURNS[name]
+    held = chain.of_answered(first, REPLY, "m")
+    assert len(held.blocks) > 7
+    assert chain.of_request(then, "m").depth(frozenset(held.blocks)) == len(held.blocks)
+    plain = [{"role": "system", "content": SYSTEM}, {"role": "user", "content": QUESTION}]
+    assert chain.of_request(first, "m") == chain.of_chat(None, plain, "m")
+
+
+def test_marks_of_the_cache_within_parts_and_tools_change_nothing() -> None:
+    def body(mark: dict[str, Any]) -> dict[str, Any]:
+        result = {"type": "tool_result", "tool_use_id": "1", "content": [{"type": "text", "text": "r" * 300, **mark}]}
+        return {
+            "tools": [{"name": "find", "input_schema": {"type": "object"}, **mark}],
+            "messages": [
+                {"role": "user", "content": [{**result, **mark}, {"type": "text", "text": "x" * 300, **mark}]}
+            ],
+        }
+
+    assert chain.of_request(body(MARK), "m") == chain.of_request(body({}), "m")
+    other = {**body({}), "tools": [{"name": "found", "input_schema": {"type": "object"}}]}
+    assert shared(chain.of_request(body({}), "m"), chain.of_request(other, "m")) == 0
+
+
+def test_what_is_to_be_embedded_is_no_conversation() -> None:
+    for texts_or_ids in (["a text", "another"], [[1, 2]], [1, 2], None):
+        assert not chain.converses({"input": texts_or_ids})
+    assert chain.converses({"input": "a text"})
+    assert not chain.converses({"input": "a text", "prompt": "this goes on"})

@@ -35,6 +35,7 @@ __all__ = [
     "LlamaOptions",
     "LlamaPooling",
     "ModelLoadError",
+    "PoolingEstimate",
     "check_file",
     "devices",
     "estimate",
@@ -44,6 +45,7 @@ __all__ = [
     "load_pooling",
     "nvidia_uuid",
     "plan",
+    "purpose",
 ]
 
 
@@ -53,6 +55,16 @@ class Estimate(NamedTuple):
     info: ModelInfo
     room: Room
     chosen: Chosen
+    fit: Fit
+
+
+class PoolingEstimate(NamedTuple):
+    """What `load_pooling` would make of some options: how it pools, and on which devices by name."""
+
+    info: ModelInfo
+    room: Room
+    pooling: str
+    devices: tuple[str, ...]
     fit: Fit
 
 
@@ -100,17 +112,21 @@ def load_pooling(
     library.on_abort = on_abort
     chosen = _choose(options, library)
     if options.fit_check:
-        refuse(options.path, estimate_pooling(options))
+        refuse(options.path, estimate_pooling(options).fit)
     with Model(library, options, chosen, progress) as model:
         return LlamaPooling(model, options, chosen)
 
 
-def estimate_pooling(options: LlamaOptions) -> Fit:
-    """What `load_pooling` would take of the memory, without reading weights. Raises ModelLoadError as it does."""
+def estimate_pooling(options: LlamaOptions) -> PoolingEstimate:
+    """What `load_pooling` would make of these options and what it would take, without reading weights. Raises
+    ModelLoadError as it does, but for a memory that is too small."""
     library = native()
     chosen = _choose(options, library)
     with library.listening() as lines, Model(library, options, chosen, only_look=True) as model:
-        return _pooling_fit(options, model, chosen, lines)
+        fit = _pooling_fit(options, model, chosen, lines)
+        room = pooling_room(options, model.info(), library.api.llama_max_parallel_sequences())
+        names = tuple(found.device.name for found in chosen) or ("CPU",)
+        return PoolingEstimate(model.info(), room, pooling_kind(model, options.pooling), names, fit)
 
 
 def inspect(path: Path) -> ModelInfo:
@@ -119,6 +135,15 @@ def inspect(path: Path) -> ModelInfo:
     check_file(path)
     with Model(library, LlamaOptions(path, n_gpu_layers=0), (), only_look=True) as model:
         return model.info()
+
+
+def purpose(path: Path) -> str:
+    """What the model in a file was made for: "generate", "embed" or "rerank". Reads no weights. Raises ModelLoadError
+    when it is not a whole GGUF."""
+    library = native()
+    check_file(path)
+    with Model(library, LlamaOptions(path, n_gpu_layers=0), (), only_look=True) as model:
+        return model.purpose()
 
 
 def plan(options: LlamaOptions) -> tuple[ModelInfo, Room]:

@@ -73,11 +73,14 @@ class LlamaBackend:
             api.llama_free(self._context)
             raise
         self.info = replace(info, cell_bytes=cell_bytes)
-        self._tokenize = model.tokenize
+        self._tokenize, self._spell = model.tokenize, model.spell
         self._model: Model | None = model.hold()
 
-    def tokenize(self, text: str, *, special: bool) -> list[int]:
-        return self._tokenize(text, special=special)
+    def tokenize(self, text: str, *, special: bool, ends: bool = False) -> list[int]:
+        return self._tokenize(text, special=special, ends=ends)
+
+    def spell(self, token: int) -> bytes:
+        return self._spell(token)
 
     def decode(self, chunks: Sequence[Chunk]) -> int:
         self._rows = self._batch.fill(chunks)

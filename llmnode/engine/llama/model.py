@@ -18,7 +18,8 @@ from llmnode.engine.backend import ModelLoadError
 from llmnode.engine.llama.native import Found, Native
 from llmnode.engine.llama.options import LlamaOptions
 from llmnode.engine.llama.tensors import tensor_sizes
-from llmnode.engine.types import ModelInfo
+from llmnode.engine.pooling import POOLINGS
+from llmnode.engine.types import InfillTokens, ModelInfo
 
 # llama.h, enum llama_load_mode, by (mmap, mlock): auto maps the file unless a device cannot read from a mapping.
 _LOAD_MODES = {(True, False): -1, (False, False): 0, (False, True): 2, (True, True): 3}
@@ -142,7 +143,32 @@ class Model:
             cell_bytes=self._cell_bytes(architecture),
             window=api.llama_model_n_swa(model),
             digest=fingerprint(self.path).hex(),
+            n_embd=api.llama_model_n_embd(model),
+            vocab_type=api.llama_vocab_type(vocab),
+            infill=self._infill_tokens(),
         )
+
+    def _infill_tokens(self) -> InfillTokens | None:
+        names = ("pre", "suf", "mid", "rep", "sep")
+        found = [int(getattr(self._api, f"llama_vocab_fim_{name}")(self.vocab)) for name in names]
+        if min(found[:3]) < 0:
+            return None
+        return InfillTokens(*found[:3], *(token if token >= 0 else None for token in found[3:]))
+
+    def purpose(self) -> str:
+        """What it was made for, by its own metadata: "generate", "embed" or "rerank".
+
+        A model that says how its vectors are pooled was made for vectors, whatever its architecture; so was one that
+        has no decoder, or in which every token sees those behind it.
+        """
+        architecture = self.metadata("general.architecture")
+        said = self.metadata(f"{architecture}.pooling_type")
+        kind = POOLINGS[int(said)] if said.isdigit() and int(said) < len(POOLINGS) else "none"
+        if kind == "rank":
+            return "rerank"
+        causal = self.metadata(f"{architecture}.attention.causal") != "false"
+        generates = causal and bool(self._api.llama_model_has_decoder(self.pointer))
+        return "generate" if kind == "none" and generates else "embed"
 
     def is_recurrent(self) -> bool:
         """Whether some of its state is one row a sequence, not one cell a token."""
@@ -185,6 +211,18 @@ class Model:
                 buffer = ctypes.create_string_buffer(-size)
                 size = self._api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, special)
             yield buffer.raw[:size]
+
+    def spell(self, token: int) -> bytes:
+        """The bytes of one token, of a control token those of its name. Raises IndexError for one that does not exist,
+        of which llama.cpp would end the process."""
+        if not 0 <= token < self._api.llama_vocab_n_tokens(self.vocab):
+            raise IndexError(f"there is no token {token}")
+        buffer = ctypes.create_string_buffer(256)
+        size = self._api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, True)
+        if size < 0:
+            buffer = ctypes.create_string_buffer(-size)
+            size = self._api.llama_token_to_piece(self.vocab, token, buffer, len(buffer), 0, True)
+        return buffer.raw[:size]
 
     def has_classifier(self) -> bool:
         try:

@@ -110,10 +110,13 @@ class LlamaPooling:
             api.llama_free(self._context)
             raise ModelLoadError(f"{model.path}: a first batch ended with code {code}: {model.library.reason()}")
         self._shared: Model | None = model.hold()
-        self._tokenize, self._pair = model.tokenize, model.pair
+        self._tokenize, self._pair, self._spell = model.tokenize, model.pair, model.spell
 
-    def tokenize(self, text: str) -> list[int]:
-        return self._tokenize(text, special=False, ends=True)
+    def tokenize(self, text: str, *, special: bool, ends: bool = False) -> list[int]:
+        return self._tokenize(text, special=special, ends=ends)
+
+    def spell(self, token: int) -> bytes:
+        return self._spell(token)
 
     def pair(self, query: str, document: str) -> list[int]:
         return self._pair(query, document)

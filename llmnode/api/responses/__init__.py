@@ -1,0 +1,1 @@
+"""OpenAI's Responses API: a body in its shape to a chat, and an answer to its events. Package of /v1/responses."""
