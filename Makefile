@@ -8,6 +8,9 @@ LOCKS  := requirements
 WHEELHOUSE := roles/llmrack_artifacts/files/wheelhouse.py
 LAB    := $(BIN)/python tests/lab/lab.py
 
+# Two files of tests at a time, each in a process of its own: most of their time is spent waiting for programs.
+PARALLEL := --numprocesses=2 --dist=loadfile
+
 export MODEL
 
 .DEFAULT_GOAL := help
@@ -23,10 +26,10 @@ demo: $(STAMPS)/run ## two nodes and a gate on this machine; ONCE=1 answers one 
 
 test: $(STAMPS)/all ## every test but what takes long; as root on Debian or Ubuntu the lab of real systemd hosts too
 	@$(LAB) prepare || true
-	@$(BIN)/python -m pytest -m "not full"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not full"
 
 test-fast: $(STAMPS)/all ## every test but the lab's
-	@$(BIN)/python -m pytest -m "not lab and not full"
+	@$(BIN)/python -m pytest $(PARALLEL) -m "not lab and not full"
 
 lint: $(STAMPS)/all ## ruff, mypy, import-linter, ansible-lint, yamllint
 	@$(BIN)/ruff check .
