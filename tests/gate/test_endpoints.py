@@ -210,7 +210,7 @@ def test_what_an_editor_sends_again_goes_where_it_is_held(fleet: Fleet, path: st
 
 def test_a_dead_node_costs_nothing(start: Start, gate: GateUnderTest) -> None:
     """A stream goes on at the other node, and what comes in one body begins there."""
-    options = ("--backend", "fake", "--model-id", "tiny", "--fake-step-delay-s", "0.03")
+    options = ("--backend", "fake", "--model-id", "tiny", "--fake-step-delay-s", "0.1")
     nodes = {name: start("llmnode", "--name", name, *options) for name in "ab"}
     for node in nodes.values():
         node.ready()

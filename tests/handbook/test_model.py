@@ -2,11 +2,10 @@
 
 import pytest
 
-from llmnode.chat.template import ChatTemplate
+from llmnode.chat.template import ChatTemplate, Refused
 from llmnode.engine.llama import inspect
 from llmnode.handbook.exam import DEFAULT_MODEL, Examinee, examine
 from llmnode.handbook.facts import load_exam, load_facts
-from llmnode.wire.errors import InvalidRequest
 
 
 @pytest.fixture(scope="module")
@@ -34,7 +33,7 @@ def test_the_template_takes_all_four_roles_and_refuses_others() -> None:
     prompt = template.render([{"role": role, "content": f"by {role}"} for role in roles])
     assert [prompt.count(f"<|im_start|>{role}\nby {role}<|im_end|>") for role in roles] == [1, 1, 1, 1]
     assert prompt.endswith("<|im_start|>assistant\n")
-    with pytest.raises(InvalidRequest, match="unknown role: pirate"):
+    with pytest.raises(Refused, match="unknown role: pirate"):
         template.render([{"role": "pirate", "content": "arr"}])
 
 

@@ -34,6 +34,7 @@ import aiohttp
 import httpx
 import psutil
 
+from llmnode.service.confined import KEPT
 from tests import tiny_model
 from tests.bench.servers import end_cleanly, knows
 from tests.processes import PATIENCE_S, Program, free_port
@@ -123,7 +124,7 @@ def soak(requests: int, seed: int, folder: Path, limit_s: float) -> Report:
 
 @dataclass(frozen=True)
 class Rest:
-    """A node that has nothing to do: its open files and threads, and its metrics."""
+    """A node that has nothing to do: its open files without those of its children, its threads, and its metrics."""
 
     files: int
     threads: int
@@ -272,7 +273,12 @@ def _at_rest(node: Program, report: Report) -> Rest:
     assert health.status_code == 200, f"/health answers {health.status_code}: {health.text}"
     process = psutil.Process(node.pid)
     report.metrics = _metrics(node)
-    return Rest(process.num_fds(), process.num_threads(), report.metrics)
+    return Rest(_files(process), process.num_threads(), report.metrics)
+
+
+def _files(process: psutil.Process) -> int:
+    """Open files, but for the socket to each child that renders templates or tries grammars."""
+    return int(process.num_fds()) - len(process.children())
 
 
 def _judge(node: Program, report: Report, sent: int, before: Rest, after: Rest) -> None:
@@ -295,9 +301,11 @@ def _judge(node: Program, report: Report, sent: int, before: Rest, after: Rest) 
     )
     expect("Traceback" not in node.output(), f"a traceback in the log:\n{_around(node.output(), 'Traceback')}")
     expect(
-        _comes_true(lambda: psutil.Process(node.pid).num_fds() <= before.files),
-        f"{psutil.Process(node.pid).num_fds()} files are open, {before.files} were at rest before",
+        _comes_true(lambda: _files(psutil.Process(node.pid)) <= before.files),
+        f"{_files(psutil.Process(node.pid))} files are open, {before.files} were at rest before",
     )
+    children = len(psutil.Process(node.pid).children())
+    expect(children <= 2 * KEPT, f"{children} children are left, for templates and for grammars")
     threads = psutil.Process(node.pid).num_threads()
     expect(threads <= before.threads + 2, f"{threads} threads, {before.threads} before")
     quarters = report.quarters()

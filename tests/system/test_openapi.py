@@ -18,7 +18,7 @@ from llmnode.wire.openapi.document import Operation, Side, document, served
 from llmnode.wire.openapi.page import page
 from tests.system.conftest import House
 
-EXAMPLES = 15
+EXAMPLES = 5
 """Requests made up for each operation, well and badly formed."""
 CHAT = {"messages": [{"role": "user", "content": "Hello"}]}
 CALL = {"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}
