@@ -65,10 +65,10 @@ def test_a_canary_is_judged_by_its_models_pattern_and_speed(
     url: str, canary: dict[str, Any] | None, wrong: str, tmp_path: Path
 ) -> None:
     variables = {
-        "llmrack_orchestrate_url": url,
+        "llmrack_orchestrate_scheme": "http",
         "llmrack_orchestrate_node": "host1-a",
         "llmrack_orchestrate_fleet_token": "token",
-        "llmrack_orchestrate_instance": {"name": "a", "model": "m"},
+        "llmrack_orchestrate_instance": {"name": "a", "model": "m", "port": int(url.rpartition(":")[2])},
         "llmrack_models": {"m": {"canary": canary} if canary else {}},
     }
     task = {"ansible.builtin.include_role": {"name": "llmrack_orchestrate", "tasks_from": "ask"}}
