@@ -11,7 +11,8 @@ from collections.abc import Iterator
 
 import pytest
 
-from tests.lab import lab, previous
+from tests import previous
+from tests.lab import lab
 from tests.lab.test_lab_fleet import LAB, accepted, on, run
 from tests.lab.test_lab_fleet import pytestmark as needs_the_lab
 from tests.lab.test_lab_roll import GATES, Fleet, load, unnoticed

@@ -10,7 +10,7 @@ import tarfile
 from io import BytesIO
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parents[2]
+ROOT = Path(__file__).resolve().parents[1]
 COMMIT = next(
     line for line in Path(__file__).with_name("previous-release").read_text().splitlines() if not line.startswith("#")
 )
