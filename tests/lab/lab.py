@@ -12,7 +12,7 @@ machine itself: every address, link and bridge lives in namespaces that `down` r
 
 A host's disk is an overlay over the shared image that keeps in memory what the host writes. It outlives a reboot
 (`systemctl reboot` on the host) and a loss of power (`off`, then `on`), and ends with `off --wipe` and with `down`.
-Rules and addresses that a host has set up in its namespace stay there until `down`.
+Rules and addresses that a host has set up in its namespace stay over a reboot, and end with its power.
 """
 
 from __future__ import annotations
@@ -309,9 +309,12 @@ def build_network(controller: str = CONTROLLER, hosts: Mapping[str, str] = ADDRE
 
 
 def remove_network(controller: str = CONTROLLER, hosts: Mapping[str, str] = ADDRESSES) -> None:
-    for name in (*map(namespace_of, hosts), controller):
-        if name in namespaces():
-            sh("ip", "netns", "delete", name)
+    remove_namespaces(*map(namespace_of, hosts), controller)
+
+
+def remove_namespaces(*names: str) -> None:
+    for name in namespaces().intersection(names):
+        sh("ip", "netns", "delete", name)
 
 
 # ------------------------------------------------------------------------------------------------- the hosts
@@ -428,7 +431,7 @@ def process_of(host: str, places: Places) -> Process | None:
 
 
 def end(host: str, places: Places) -> None:
-    """Take a host's power away: it ends at once, by its own process ids, and its disk stays as it is."""
+    """Take a host's power away: it ends at once, by its own process ids, its network with it; its disk stays as it is."""
     process = process_of(host, places)
     if process:
         process.signal(signal.SIGSTOP)  # or it might just be starting the container again
@@ -436,6 +439,7 @@ def end(host: str, places: Places) -> None:
         for one in everything:
             one.signal(signal.SIGKILL)
         wait_for(f"{host} to end", 10, lambda: not any(one.alive for one in everything))
+        remove_namespaces(namespace_of(host))
     for group in cgroups_of(host):
         remove_cgroup(group)
     (places.run / f"{host}.json").unlink(missing_ok=True)
