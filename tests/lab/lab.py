@@ -431,7 +431,7 @@ def process_of(host: str, places: Places) -> Process | None:
 
 
 def end(host: str, places: Places) -> None:
-    """Take a host's power away: it ends at once, by its own process ids, its network with it; its disk stays as it is."""
+    """Take a host's power away: it ends at once, by its own process ids, and its network with it. Its disk stays."""
     process = process_of(host, places)
     if process:
         process.signal(signal.SIGSTOP)  # or it might just be starting the container again
