@@ -71,6 +71,7 @@ def gates(fleet: Fleet) -> set[str]:
     return {fleet.ask(gate, "/health")["release"] for gate in GATES}
 
 
+@pytest.mark.timeout(3000)  # three deployments and a rollback on a machine that has better things to do
 def test_gates_and_nodes_one_release_apart_work_together_in_either_direction(fleet: Fleet) -> None:
     (old,) = fleet.releases()
     with load(fleet) as result:
