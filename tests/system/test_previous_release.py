@@ -10,6 +10,7 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import httpx
@@ -21,6 +22,7 @@ from llmnode.wire.resume import PATH, Fixed, Origin, Resume
 from tests import previous
 from tests.conftest import Start
 from tests.gate.conftest import GateUnderTest
+from tests.gate.mock_answer import Step
 from tests.gate.mock_node import MockNode
 from tests.node.stitching import heard, joined, opened, resumed
 from tests.processes import Program
@@ -48,7 +50,7 @@ class OldNode(MockNode):
         writer.write("\r\n".join(["HTTP/1.1 200 OK", *lines, "transfer-encoding: chunked"]).encode() + b"\r\n\r\n")
         for frame in OLD.begun:
             await self._chunk(writer, frame)
-        await self._read_by_gate()
+        await self._strike("die", Step(b"", b"", 0), reader, writer)
 
 
 @pytest.fixture(scope="module")
@@ -103,8 +105,7 @@ def test_an_answer_that_an_old_node_began_is_ended_by_todays(
     node: Program, old: OldNode, start: Start, tmp_path: Path
 ) -> None:
     gate = GateUnderTest(start, tmp_path)
-    node.name = "today"  # type: ignore[attr-defined]
-    gate.list_nodes(old, node, models='[models.tiny]\npolicy = "least-loaded"\nlabels = {}\n')
+    gate.list_nodes(old, SimpleNamespace(name="today", url=node.url))
     gate.run("--slow-start-s", "0")
     for name in ("old", "today"):
         gate.wait_node(name, lambda seen: seen["usable"])
