@@ -6,11 +6,13 @@ but how to fetch what its deployment needs while there still is a way out, in `d
 machine itself: every address, link and bridge lives in namespaces that `down` removes.
 
     namespace llmrack-lab    bridge 198.18.0.1, where the controller runs (`lab.py exec -- COMMAND`)
-      |-- veth -- namespace llmrack-lab1   198.18.0.11   systemd-nspawn, overlay over the shared image
+      |-- veth -- namespace llmrack-lab1   198.18.0.11   systemd-nspawn, on a disk of its own
       |-- veth -- namespace llmrack-lab2   198.18.0.12
       `-- veth -- namespace llmrack-lab3   198.18.0.13
 
-A host's disk is its memory: what it writes is gone when it ends.
+A host's disk is an overlay over the shared image that keeps in memory what the host writes. It outlives a reboot
+(`systemctl reboot` on the host) and a loss of power (`off`, then `on`), and ends with `off --wipe` and with `down`.
+Rules and addresses that a host has set up in its namespace stay over a reboot, and end with its power.
 """
 
 from __future__ import annotations
@@ -100,6 +102,15 @@ class Places:
     def image(self) -> Path:
         """Holds the name of the image that the hosts run."""
         return self.run / "image"
+
+    @property
+    def disks(self) -> Path:
+        """File system in memory with what each host has written."""
+        return self.run / "disks"
+
+    def root(self, host: str) -> Path:
+        """Where a host's disk is mounted."""
+        return self.run / "roots" / host
 
 
 def say(text: str) -> None:
@@ -198,11 +209,15 @@ def image(places: Places) -> Path:
 
 
 def discard(tree: Path) -> None:
-    """Remove a half-built image; an interrupted debootstrap leaves /proc and /sys mounted in it."""
-    mounted = [line.split()[1] for line in Path("/proc/self/mounts").read_text().splitlines()]
-    for place in sorted((place for place in mounted if Path(place).is_relative_to(tree)), reverse=True):
+    """Remove a folder with all that is mounted in it: hosts' disks, or /proc and /sys of an interrupted debootstrap."""
+    for place in sorted(mounted_in(tree), reverse=True):
         sh("umount", place)
     shutil.rmtree(tree, ignore_errors=True)
+
+
+def mounted_in(tree: Path) -> list[Path]:
+    mounted = (Path(line.split()[1]) for line in Path("/proc/self/mounts").read_text().splitlines())
+    return [place for place in mounted if place.is_relative_to(tree)]
 
 
 def make_ssh_key(places: Places) -> None:
@@ -294,9 +309,12 @@ def build_network(controller: str = CONTROLLER, hosts: Mapping[str, str] = ADDRE
 
 
 def remove_network(controller: str = CONTROLLER, hosts: Mapping[str, str] = ADDRESSES) -> None:
-    for name in (*map(namespace_of, hosts), controller):
-        if name in namespaces():
-            sh("ip", "netns", "delete", name)
+    remove_namespaces(*map(namespace_of, hosts), controller)
+
+
+def remove_namespaces(*names: str) -> None:
+    for name in namespaces().intersection(names):
+        sh("ip", "netns", "delete", name)
 
 
 # ------------------------------------------------------------------------------------------------- the hosts
@@ -317,12 +335,13 @@ class Process:
     def alive(self) -> bool:
         return _start_time(self.pid) == self.started
 
-    def children(self) -> list[Process]:
+    def descendants(self) -> list[Process]:
         try:
             pids = Path(f"/proc/{self.pid}/task/{self.pid}/children").read_text().split()
         except OSError:
             return []
-        return [Process.of(int(pid)) for pid in pids]
+        children = [Process.of(int(pid)) for pid in pids]
+        return [*children, *(process for child in children for process in child.descendants())]
 
     def signal(self, number: signal.Signals) -> None:
         if self.alive:
@@ -353,8 +372,30 @@ def cgroups_of(host: str) -> list[Path]:
     return [root / "llmrack-lab" / host for root in cgroup_roots()]
 
 
+def insert_disk(host: str, tree: Path, places: Places) -> None:
+    """Mount the host's disk, over the image: the one that it had, or an empty one."""
+    root, upper, work = places.root(host), places.disks / host / "upper", places.disks / host / "work"
+    if not mounted_in(places.disks):
+        places.disks.mkdir(parents=True, exist_ok=True)
+        sh("mount", "-t", "tmpfs", "-o", "mode=0700,size=75%", "llmrack-lab", places.disks)
+    if not mounted_in(root):
+        for folder in (root, upper, work):
+            folder.mkdir(parents=True, exist_ok=True)
+        sh("mount", "-t", "overlay", "-o", f"lowerdir={tree},upperdir={upper},workdir={work}", "llmrack-lab", root)
+
+
+def wipe_disk(host: str, places: Places) -> None:
+    discard(places.root(host))
+    discard(places.disks / host)
+
+
+# With --keep-unit, systemd-nspawn asks for another start of a container that reboots by this status.
+AGAIN = 'while "$@"; [ $? -eq 133 ]; do :; done'
+
+
 def boot(host: str, tree: Path, places: Places) -> None:
     """Start a host and write down which process it is. Without a group each, the hosts' systemds would share one."""
+    insert_disk(host, tree, places)
     groups = cgroups_of(host)
     for group in groups:
         group.mkdir(parents=True, exist_ok=True)
@@ -363,12 +404,13 @@ def boot(host: str, tree: Path, places: Places) -> None:
         for group in groups:
             (group / "cgroup.procs").write_text(str(os.getpid()))
 
-    command = ["systemd-nspawn", "-q", "-D", str(tree), "--volatile=overlay", "--register=no", "--keep-unit"]
+    command = ["sh", "-c", AGAIN, "lab"]
+    command += ["systemd-nspawn", "-q", "-D", str(places.root(host)), "--register=no", "--keep-unit"]
     command += ["-M", host, f"--hostname={host}", f"--network-namespace-path=/run/netns/{namespace_of(host)}"]
     # The namespace is the host's own, so it may set up rules and addresses there as a real one does.
     command += ["--capability=CAP_NET_ADMIN"]
     command += ["--resolv-conf=off", "--timezone=off", "--link-journal=no", "-b"]
-    # Three hosts read one image, and none writes to it: nspawn's lock on the directory would refuse the second.
+    # Nobody else knows of the directory, and nspawn's lock would lie elsewhere on this machine.
     environment = {**os.environ, "SYSTEMD_NSPAWN_UNIFIED_HIERARCHY": "1", "SYSTEMD_NSPAWN_LOCK": "0"}
     with (places.run / f"{host}.console").open("w") as console:
         started = subprocess.Popen(
@@ -380,7 +422,7 @@ def boot(host: str, tree: Path, places: Places) -> None:
 
 
 def process_of(host: str, places: Places) -> Process | None:
-    """The host's container, when it runs."""
+    """What keeps the host's container running, when it does."""
     try:
         process = Process(**json.loads((places.run / f"{host}.json").read_text()))
     except (OSError, ValueError, TypeError):
@@ -389,16 +431,15 @@ def process_of(host: str, places: Places) -> Process | None:
 
 
 def end(host: str, places: Places) -> None:
-    """Power a host off by its own process ids: in order, and by force when that takes over 20 s."""
+    """Take a host's power away: it ends at once, by its own process ids, and its network with it. Its disk stays."""
     process = process_of(host, places)
     if process:
-        inside = process.children()
-        process.signal(signal.SIGTERM)
-        with contextlib.suppress(LabError):
-            wait_for(f"{host} to power off", 20, lambda: not process.alive)
-        for left in (*inside, process):
-            left.signal(signal.SIGKILL)
-        wait_for(f"{host} to end", 10, lambda: not any(p.alive for p in (*inside, process)))
+        process.signal(signal.SIGSTOP)  # or it might just be starting the container again
+        everything = (process, *process.descendants())
+        for one in everything:
+            one.signal(signal.SIGKILL)
+        wait_for(f"{host} to end", 10, lambda: not any(one.alive for one in everything))
+        remove_namespaces(namespace_of(host))
     for group in cgroups_of(host):
         remove_cgroup(group)
     (places.run / f"{host}.json").unlink(missing_ok=True)
@@ -496,7 +537,7 @@ def remove(places: Places) -> None:
     for host in ADDRESSES:
         end(host, places)
     remove_network()
-    shutil.rmtree(places.run, ignore_errors=True)
+    discard(places.run)
 
 
 def status(places: Places) -> None:
@@ -557,9 +598,11 @@ def command_line() -> argparse.ArgumentParser:
     execute.add_argument("rest", nargs=argparse.REMAINDER, metavar="COMMAND")
     commands.add_parser("deploy", help="deploy llmrack on the hosts; further arguments go to ansible-playbook")
     commands.add_parser("fetch", help="fetch what a deployment needs from outside")
-    for name in ("off", "on"):
-        power = commands.add_parser(name, help=f"power one host {name}")
-        power.add_argument("host", choices=ADDRESSES)
+    off = commands.add_parser("off", help="take the power from one host")
+    off.add_argument("host", choices=ADDRESSES)
+    off.add_argument("--wipe", action="store_true", help="and its disk: the next `on` starts an empty host")
+    on = commands.add_parser("on", help="give it power again: it boots from its disk")
+    on.add_argument("host", choices=ADDRESSES)
     return parser
 
 
@@ -592,6 +635,8 @@ def main(arguments: Sequence[str]) -> int:
         elif given.command == "off":
             with only_one(places):
                 end(given.host, places)
+                if given.wipe:
+                    wipe_disk(given.host, places)
         elif given.command == "on":
             up(places)
     except LabError as error:

@@ -12,7 +12,7 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -28,6 +28,8 @@ from tests.processes import wait_for
 pytestmark = [*needs_the_lab, pytest.mark.full]
 
 ANSIBLE = str(Path(sys.executable).with_name("ansible-playbook"))
+PLAIN_YET = ("lab2-a", "lab3-a", "lab3-b")  # where a roll from one host to the next stops at lab2
+BOOT = "cat /proc/sys/kernel/random/boot_id"  # nspawn gives each boot of a container one
 GATES = {"lab1": "http://198.18.0.11:8000", "lab2": "http://198.18.0.12:8000"}
 
 
@@ -99,6 +101,12 @@ class Fleet:
     def releases(self) -> set[str]:
         return {node["release"] for node in self.nodes().values()}
 
+    def schemes(self) -> dict[str, str]:
+        """How each node listens, as both gates say."""
+        first, second = ({name: node["url"] for name, node in self.nodes(gate).items()} for gate in GATES)
+        assert first == second
+        return {name: url.partition(":")[0] for name, url in first.items()}
+
     def settled(self) -> bool:
         """Every node is used by every gate, and nobody has a lease."""
         views = [self.nodes(gate) for gate in GATES]
@@ -107,10 +115,13 @@ class Fleet:
 
 
 @contextmanager
-def load(fleet: Fleet, streams: int = 12, per_second: float = 4, wait: bool = True) -> Iterator[dict[str, Any]]:
-    """Streams and plain requests at both gates meanwhile; when it is over, what became of them."""
+def load(
+    fleet: Fleet, streams: int = 12, per_second: float = 4, gates: Iterable[str] = GATES
+) -> Iterator[dict[str, Any]]:
+    """Streams and plain requests at the gates meanwhile; when it is over, what became of them."""
     asked = {
-        "gates": list(GATES.values()), "key": fleet.secret("client-key"), "operator": fleet.secret("operator-key"),
+        "gates": [GATES[gate] for gate in gates],
+        "key": fleet.secret("client-key"), "operator": fleet.secret("operator-key"),
         "streams": streams, "per_second": per_second, "seed": 7,
     }  # fmt: skip
     command = [*LAB, "exec", "--", sys.executable, "-m", "tests.lab.streams", json.dumps(asked)]
@@ -125,11 +136,11 @@ def load(fleet: Fleet, streams: int = 12, per_second: float = 4, wait: bool = Tr
         result.update(json.loads(told or "{}"))
 
 
-def unnoticed(result: Mapping[str, Any], most_out: int = 1) -> None:
+def unnoticed(result: Mapping[str, Any], most_out: int = 1, gates: Iterable[str] = GATES) -> None:
     """Every answer came whole and was the right one, and never were more nodes kept from work than may be."""
     assert result["wrong"] == [], (len(result["wrong"]), result["wrong"][:5])
     assert result["answered"] > 20
-    assert set(result["most_out"]) == set(GATES.values())
+    assert set(result["most_out"]) == {GATES[gate] for gate in gates}
     assert 1 <= max(result["most_out"].values()) <= most_out, result["most_out"]
 
 
@@ -277,26 +288,59 @@ def test_what_an_operator_stopped_or_drained_is_left_alone(fleet: Fleet) -> None
 
 
 def test_a_reboot_takes_every_instance_of_a_host_out_and_brings_it_back(fleet: Fleet, tmp_path: Path) -> None:
-    """A container cannot reboot without losing its disk: here its instances are started anew instead."""
+    """The host of lab3, since it has no gate: those that have one would take the connections of its clients along."""
     (tmp_path / "tasks.yml").write_text(
-        "- name: Note that it was done\n  ansible.builtin.command: {cmd: touch /run/upgraded}\n  changed_when: true\n"
+        "- name: Note that it was done\n  ansible.builtin.command: {cmd: touch /root/upgraded}\n  changed_when: true\n"
     )
-    on("lab3", "date > /run/booted")
+    boots = {host: on(host, BOOT) for host in lab.ADDRESSES}
     fleet.write(model={"min_ready": 2})
     before = fleet.nodes()
     with load(fleet) as result:
-        fleet.play(
-            "reboot", "--limit", "lab3,lab1",
-            llmrack_orchestrate_reboot_tasks=str(tmp_path / "tasks.yml"),
-            llmrack_orchestrate_boot_time_command="cat /run/booted || true",
-            llmrack_orchestrate_reboot_command="systemd-run --on-active=1 sh -c '"
-            "systemctl restart llmnode@*; date +%N > /run/booted'",
-        )  # fmt: skip
+        fleet.play("reboot", "--limit", "lab3", llmrack_orchestrate_reboot_tasks=str(tmp_path / "tasks.yml"))
     unnoticed(result, most_out=2)
+    assert {host for host in boots if on(host, BOOT) != boots[host]} == {"lab3"}
     after = fleet.nodes()
-    assert {name for name in after if after[name]["boot"] != before[name]["boot"]} == {"lab1-a", "lab3-a", "lab3-b"}
-    assert fleet.settled() and on("lab3", "ls /run/upgraded")
+    assert {name for name in after if after[name]["boot"] != before[name]["boot"]} == {"lab3-a", "lab3-b"}
+    assert fleet.settled() and on("lab3", "ls /root/upgraded")
     fleet.write()
+
+
+def test_a_host_of_a_gate_reboots_and_the_other_gate_answers_meanwhile(fleet: Fleet) -> None:
+    boot = on("lab1", BOOT)
+    with load(fleet, gates=["lab2"]) as result:
+        fleet.play("reboot", "--limit", "lab1")
+    assert on("lab1", BOOT) != boot
+    unnoticed(result, gates=["lab2"])
+    wait_for(fleet.settled, "all nodes to be usable at both gates")
+
+
+@pytest.mark.timeout(3000)  # three deployments on a machine that has better things to do
+def test_mutual_tls_is_switched_on_and_off_under_load_and_stays_half_way_where_a_node_fails(fleet: Fleet) -> None:
+    """On lab2 a node with a certificate does not start, until what keeps it from that is taken away."""
+    dropin = "/etc/systemd/system/llmnode@a.service.d/override.conf"
+    plain = "ExecStartPre=/bin/sh -c '! grep -q ^tls_cert_file /etc/llmrack/llmnode/a.toml'"
+    on("lab2", f'printf "[Service]\\n%s\\n" "{plain}" > {dropin} && systemctl daemon-reload')
+    fleet.write(llmrack_tls_nodes=True, llmrack_orchestrate_batches=[1])
+    with load(fleet) as result:
+        said = " ".join(fleet.play("deploy", succeeds=False).split())
+        assert "lab2-a is not ready" in said and "takes requests. journalctl -u llmnode@a on lab2" in said
+        assert fleet.settled() and fleet.schemes() == {"lab1-a": "https", **dict.fromkeys(PLAIN_YET, "http")}
+
+        on("lab2", f"rm {dropin} && systemctl daemon-reload")
+        fleet.play("deploy")
+        assert fleet.settled() and set(fleet.schemes().values()) == {"https"}
+        refused = run(*LAB, "exec", "--", "curl", "-sS", "-m", "10", "http://198.18.0.13:8100/health")
+        assert refused.returncode != 0, refused.stdout
+
+        fleet.write()
+        fleet.play("deploy")
+        assert fleet.settled() and set(fleet.schemes().values()) == {"http"}
+    unnoticed(result)
+    assert on("lab1", "grep -c ^node_ /etc/llmrack/llmgate.toml || true") == "0"
+
+
+def test_a_deployment_after_the_switch_changes_nothing(fleet: Fleet) -> None:
+    assert changes(fleet.play("deploy")) == dict.fromkeys(lab.ADDRESSES, 0)
 
 
 def test_a_fleet_shrinks_and_grows_under_load(fleet: Fleet) -> None:

@@ -1,13 +1,16 @@
-"""The roles' programs as modules: they lie under files/, outside of any package."""
+"""The roles' programs as modules: they lie under files/, outside of any package. And Ansible's own, to be run."""
 
 from __future__ import annotations
 
 import importlib.util
+import os
+import subprocess
 import sys
 from pathlib import Path
 from types import ModuleType
 
-ROLES = Path(__file__).resolve().parents[2] / "roles"
+ROOT = Path(__file__).resolve().parents[2]
+ROLES = ROOT / "roles"
 
 
 def load(role: str, name: str) -> ModuleType:
@@ -19,3 +22,12 @@ def load(role: str, name: str) -> ModuleType:
     sys.modules[called] = module  # dataclasses look their annotations up there
     spec.loader.exec_module(module)
     return module
+
+
+def ansible(program: str, *arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [str(Path(sys.executable).with_name(program)), *(str(argument) for argument in arguments)]
+    # Modules run with this Python, whatever the machine has for one.
+    environment = {**os.environ, "ANSIBLE_PYTHON_INTERPRETER": sys.executable}
+    return subprocess.run(
+        command, cwd=ROOT, env=environment, text=True, capture_output=True, stdin=subprocess.DEVNULL, timeout=250
+    )

@@ -7,7 +7,6 @@ import threading
 import time
 from collections.abc import Iterator
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,49 +36,61 @@ class Node(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def url() -> Iterator[str]:
-    ASKED.clear()
+CASES: dict[str, tuple[dict[str, Any] | None, str]] = {
+    "no canary": (None, ""),
+    "a pattern": ({"prompt": "The capital of France?", "expect": "^Par[iI]s"}, ""),
+    "another pattern": (
+        {"prompt": "Of Italy?", "expect": "(?i)rome"}, 'it said "Paris.", which does not match (?i)rome',
+    ),
+    "too slow": (
+        {"prompt": "Wait 2", "tokens_per_second": 3}, "too slow: 2.0 tokens a second, and tokens_per_second",
+    ),
+    "fast enough": ({"prompt": "Please wait 2", "tokens_per_second": 0.01}, ""),
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def said(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, str]]:
+    """What went wrong with each case, "" for nothing: all of them in one play, a host for each."""
+    folder = tmp_path_factory.mktemp("canaries")
     server = ThreadingHTTPServer(("127.0.0.1", 0), Node)
     thread = threading.Thread(target=server.serve_forever)
     thread.start()
+    variables = {
+        "llmrack_orchestrate_scheme": "http",
+        "llmrack_orchestrate_fleet_token": "token",
+        "llmrack_orchestrate_node": "{{ inventory_hostname }}-a",
+        "llmrack_orchestrate_instance": {"name": "a", "model": "m", "port": server.server_port},
+    }
+    hosts = {
+        f"h{number}": {"llmrack_models": {"m": {"canary": canary} if canary else {}}}
+        for number, (canary, _) in enumerate(CASES.values())
+    }
+    asks = {
+        "block": [{"ansible.builtin.include_role": {"name": "llmrack_orchestrate", "tasks_from": "ask"}}],
+        "rescue": [{"ansible.builtin.set_fact": {"wrong": "{{ ansible_failed_result.msg }}"}}],
+    }
+    told = "{{ ansible_play_hosts | map('extract', hostvars, 'wrong') | map('default', '') | to_json }}"
+    write = {"ansible.builtin.copy": {"content": told, "dest": f"{folder}/told.json", "mode": "0600"}, "run_once": True}
+    play = {"hosts": "all", "connection": "local", "gather_facts": False, "vars": variables, "tasks": [asks, write]}
+    (folder / "hosts.yml").write_text(yaml.safe_dump({"all": {"hosts": hosts}}))
+    (folder / "play.yml").write_text(yaml.safe_dump([play]))
     try:
-        yield f"http://127.0.0.1:{server.server_port}"
+        done = ansible("ansible-playbook", "-i", folder / "hosts.yml", folder / "play.yml")
     finally:
         server.shutdown()
         thread.join()
         server.server_close()
+    assert done.returncode == 0, done.stdout + done.stderr
+    yield dict(zip(CASES, json.loads((folder / "told.json").read_text()), strict=True))
 
 
-@pytest.mark.parametrize(
-    ("canary", "wrong"),
-    [
-        (None, ""),
-        ({"prompt": "The capital of France?", "expect": "^Par[iI]s"}, ""),
-        ({"prompt": "The capital of France?", "expect": "(?i)rome"}, 'it said "Paris.", which does not match (?i)rome'),
-        ({"prompt": "Wait 2", "tokens_per_second": 3}, "too slow: 2.0 tokens a second, and tokens_per_second"),
-        ({"prompt": "Wait 2", "tokens_per_second": 0.01}, ""),
-    ],
-)
-def test_a_canary_is_judged_by_its_models_pattern_and_speed(
-    url: str, canary: dict[str, Any] | None, wrong: str, tmp_path: Path
-) -> None:
-    variables = {
-        "llmrack_orchestrate_url": url,
-        "llmrack_orchestrate_node": "host1-a",
-        "llmrack_orchestrate_fleet_token": "token",
-        "llmrack_orchestrate_instance": {"name": "a", "model": "m"},
-        "llmrack_models": {"m": {"canary": canary} if canary else {}},
-    }
-    task = {"ansible.builtin.include_role": {"name": "llmrack_orchestrate", "tasks_from": "ask"}}
-    play = {"hosts": "localhost", "gather_facts": False, "vars": variables, "tasks": [task]}
-    (tmp_path / "play.yml").write_text(yaml.safe_dump([play]))
-    said = ansible("ansible-playbook", "-i", "localhost,", "-c", "local", tmp_path / "play.yml")
-    text = " ".join(said.stdout.split())
-    assert (said.returncode == 0) == (not wrong), text
-    assert wrong in text
-    asked = canary["prompt"] if canary else yaml.safe_load(_defaults())["llmrack_orchestrate_question"]
-    assert ASKED[-1]["prompt"] == asked
+@pytest.mark.parametrize("case", CASES)
+def test_a_canary_is_judged_by_its_models_pattern_and_speed(said: dict[str, str], case: str) -> None:
+    canary, wrong = CASES[case]
+    assert wrong in said[case] and bool(said[case]) == bool(wrong)
+    prompt = canary["prompt"] if canary else yaml.safe_load(_defaults())["llmrack_orchestrate_question"]
+    assert prompt in [asked["prompt"] for asked in ASKED]
 
 
 def _defaults() -> str:

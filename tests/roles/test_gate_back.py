@@ -86,6 +86,7 @@ class Host(http.server.ThreadingHTTPServer):
         (play,) = (play for play in plays if play["name"] == "Open the gate")
         variables = {
             "ansible_python_interpreter": sys.executable,
+            "llmrack_artifacts_python": sys.executable,
             "llmrack_artifacts_release": release,
             "llmgate_keys": [],
             "llmgate_port": self.server_port,
@@ -259,6 +260,29 @@ def test_what_runs_is_gone_back_to_where_an_interrupted_deployment_has_moved_the
     code, said = host.deploy("r2")
     assert code != 0 and "was given back release r1" in said, said
     assert host.links() == {"current": "r1"} and host.runs and host.runs["release"] == "r1"
+
+
+def test_settings_that_an_interrupted_deployment_has_written_are_not_what_is_gone_back_to(host: Host) -> None:
+    before, runs = host.files(), dict(host.runs or {})
+    for name, text in before.items():
+        folder = "/etc/systemd/system" if name.startswith("llmgate.s") else "/etc/llmrack"
+        host.at(f"{folder}/{name}").write_text(text if name == "nodes.toml" else f"# never taken\n{text}")
+    host.broken = {"r2"}
+    code, said = host.deploy("r2", llmgate_settings={"queue_limit": 3})
+    assert code != 0 and "was given back release r1 with the settings that it had" in said, said
+    assert host.files() == before and host.runs == runs
+    assert "restart llmgate.service" not in host.asked
+
+
+def test_what_somebody_has_changed_by_hand_and_the_gate_has_taken_is_gone_back_to(host: Host) -> None:
+    settings = host.at("/etc/llmrack/llmgate.toml")
+    settings.write_text(f"{settings.read_text()}# by hand\n")
+    host.systemctl("reload", "llmgate.service")
+    before = host.files()
+    host.broken = {"r2"}
+    code, said = host.deploy("r2", llmgate_settings={"queue_limit": 3})
+    assert code != 0 and "was given back release r1" in said, said
+    assert host.files() == before
 
 
 def test_the_first_deployment_of_all_has_nothing_to_go_back_to(tmp_path: Path) -> None:

@@ -91,10 +91,22 @@ def test_all_that_an_instance_had_comes_back(host: Host) -> None:
     before = host.installed(), host.look()["config"], host.settings.stat().st_mode
     host.do("save")
     host.install("r2", "new")
-    assert host.do("restore", kept="undo") == {"existed": True, "release": "r1", "config": before[1]}
+    said = {"existed": True, "release": "r1", "config": before[1], "scheme": "http"}
+    assert host.do("restore", kept="undo") == said
     assert (host.installed(), host.look()["config"], host.settings.stat().st_mode) == before
     host.do("drop")
     assert not host.look()["unfinished"]
+
+
+def test_whether_an_instance_listens_with_tls_is_read_from_its_settings(host: Host) -> None:
+    assert host.look()["scheme"] == host.look()["before"]["scheme"] == ""
+    host.install("r1", "")
+    host.settings.write_text('tls_cert_file = "/etc/llmrack/tls/host.crt"\n')
+    host.do("save")
+    host.install("r2", "")
+    host.settings.write_text("port = 8100\n")
+    host.do("commit")
+    assert host.look()["scheme"] == "http" and host.look()["before"]["scheme"] == "https"
 
 
 def test_a_roll_that_was_interrupted_goes_back_to_what_was_before_it(host: Host) -> None:

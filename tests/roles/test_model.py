@@ -520,9 +520,8 @@ def test_a_play_takes_a_model_from_its_source_once_and_a_second_changes_nothing(
     assert source.sent == len(BODY)
     assert json.loads((tmp_path / "models.lock.json").read_text())[f"url:{source.url}/m.gguf"]["sha256"] == SHA256
 
-    for arguments in ((), ("--check", "--diff")):
-        code, said, changed = hosts.play(*arguments)
-        assert (code, changed) == (0, {"h1": 0, "h2": 0, "h3": 0}), said
+    code, said, changed = hosts.play()
+    assert (code, changed) == (0, {"h1": 0, "h2": 0, "h3": 0}), said
 
     (broken,) = (tmp_path / "h2").glob("*.gguf")
     kept = broken.stat()

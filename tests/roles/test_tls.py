@@ -16,6 +16,7 @@ from cryptography import x509
 from tests.certificates import Authority
 from tests.conftest import Start
 from tests.processes import wait_for
+from tests.roles.rendering import File, render
 from tests.roles.test_roles import ROOT, ansible
 
 if sys.version_info >= (3, 11):
@@ -188,28 +189,45 @@ def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
         "node2": {"ansible_host": "192.0.2.2", "llmnode_instances": instance},
     }
     groups = {"llmgate": {"hosts": {"gate1": {}}}, "llmnode": {"hosts": nodes}}
-    (folder / "hosts.yml").write_text(yaml.safe_dump(groups))
 
-    def template(name: str, to: str, **variables: Any) -> dict[str, Any]:
-        source = ROOT / "roles/llmgate/templates" / f"{name}.j2"
-        return {"ansible.builtin.template": {"src": str(source), "dest": f"{folder}/{to}"}, "vars": variables}
+    def file(template: str, to: str, **variables: Any) -> File:
+        return File("llmgate", template, to, variables)
 
-    tasks = [
-        template("nodes.toml", "nodes.toml"),
-        *(template("llmgate.toml", f"{tls}.toml", llmgate_tls=tls) for tls in ("none", "given", "internal")),
-        template("llmgate.toml", "renewed.toml", llmgate_tls="internal", llmgate_certificates=["a new one"]),
+    def known(node1: str, node2: str) -> dict[str, str]:
+        """The list that the gate had, with these URLs."""
+        pairs = {"node1-a": node1, "node2-a": node2}.items()
+        entries = (f'[[nodes]]\nname = "{name}"\nurl = "{url}"\n' for name, url in pairs)
+        return {"/etc/llmrack/nodes.toml": "\n".join(entries)}
+
+    half, plain = (known("http://192.0.2.1:8100", f"{scheme}://192.0.2.2:8100") for scheme in ("https", "http"))
+    unwanted = {"llmgate_mutual_wanted": False}
+    files = [
+        file("nodes.toml", "nodes.toml"),
+        file("nodes.toml", "switching.toml", llmgate_kept=half),
+        file("nodes.toml", "moved.toml", llmgate_kept=known("http://192.0.2.9:8100", "https://192.0.2.2:8999")),
+        *(file("llmgate.toml", f"{tls}.toml", llmgate_tls=tls) for tls in ("none", "given", "internal")),
+        file("llmgate.toml", "unswitched.toml", llmgate_kept=half, **unwanted),
+        file("llmgate.toml", "switched.toml", llmgate_kept=plain, **unwanted),
+        file("llmgate.toml", "renewed.toml", llmgate_tls="internal", llmgate_certificates=["a new one"]),
     ]
-    files = [str(ROOT / "roles/llmgate" / part / "main.yml") for part in ("defaults", "vars")]
-    play = {"hosts": "gate1", "connection": "local", "gather_facts": False, "vars_files": files, "tasks": tasks}
-    (folder / "play.yml").write_text(yaml.safe_dump([play]))
-    done = ansible("ansible-playbook", "-i", folder / "hosts.yml", folder / "play.yml")
-    assert done.returncode == 0, done.stdout + done.stderr
+    render(folder, files, inventory=groups, host="gate1", roles=["llmgate"])
     return folder
 
 
+def urls(path: Path) -> list[str]:
+    return [node["url"] for node in tomllib.loads(path.read_text())["nodes"]]
+
+
 def test_gates_call_each_node_as_it_listens(written: Path) -> None:
-    nodes = tomllib.loads((written / "nodes.toml").read_text())["nodes"]
-    assert [node["url"] for node in nodes] == ["https://192.0.2.1:8100", "http://192.0.2.2:8100"]
+    assert urls(written / "nodes.toml") == ["https://192.0.2.1:8100", "http://192.0.2.2:8100"]
+
+
+def test_gates_call_a_node_that_they_know_as_before_until_the_roll_has_switched_it(written: Path) -> None:
+    """And have the settings for certificates for as long as one needs them."""
+    assert urls(written / "switching.toml") == ["http://192.0.2.1:8100", "https://192.0.2.2:8100"]
+    assert urls(written / "moved.toml") == ["https://192.0.2.1:8100", "http://192.0.2.2:8100"]
+    unswitched, switched = ((written / f"{name}.toml").read_text() for name in ("unswitched", "switched"))
+    assert "node_ca_file" in unswitched and "node_ca_file" not in switched
 
 
 @pytest.mark.parametrize(("tls", "door"), [("none", None), ("given", "door/tls"), ("internal", "tls/host")])

@@ -22,6 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -55,7 +56,8 @@ def main() -> int:
 def look(names: list[str], root: str = "/") -> dict[str, Any]:
     """What there is of each instance, by name.
 
-    release, config: what its next start takes, "" for none.    before: the same of what a rollback goes to.
+    release, config, scheme: what its next start takes and listens with, "" for none.    before: the same of what a
+    rollback goes to.
     by_hand: "masked", "disabled" or "stopped" where an operator has done that to it, else "".
     unfinished: a roll was interrupted here.    pid: its main process, 0 for none.
     """
@@ -77,8 +79,8 @@ def _look(name: str, root: Path) -> dict[str, Any]:
     return {
         "installed": installed,
         "release": _release(root, name),
-        "config": _digest(_places(root, name)["settings"]),
-        "before": {"release": _text(before / "release"), "config": _digest(before / "settings")},
+        **_settings(_places(root, name)["settings"]),
+        "before": {"release": _text(before / "release"), **_settings(before / "settings")},
         "by_hand": by_hand,
         "unfinished": undo.exists(),
         "active": shown["ActiveState"],
@@ -129,7 +131,7 @@ def restore(name: str, kept: str, root: str = "/") -> dict[str, Any]:
         _point(place, name, release)
     else:
         _link(place, name).unlink(missing_ok=True)
-    return {"existed": existed, "release": release, "config": _digest(_places(place, name)["settings"])}
+    return {"existed": existed, "release": release, **_settings(_places(place, name)["settings"])}
 
 
 def commit(name: str, root: str = "/") -> dict[str, Any]:
@@ -253,9 +255,13 @@ def _copy(source: Path, target: Path) -> None:
     part.replace(target)
 
 
-def _digest(path: Path) -> str:
-    """As llmnode tells it at /node: the first 16 hex digits of the file's SHA-256."""
-    return hashlib.sha256(path.read_bytes()).hexdigest()[:16] if path.exists() else ""
+def _settings(path: Path) -> dict[str, str]:
+    """`config` as llmnode tells it at /node, the first 16 hex digits of the file's SHA-256; and its URL's `scheme`."""
+    if not path.exists():
+        return {"config": "", "scheme": ""}
+    content = path.read_bytes()
+    scheme = "https" if re.search(rb"^tls_cert_file\s*=", content, re.MULTILINE) else "http"
+    return {"config": hashlib.sha256(content).hexdigest()[:16], "scheme": scheme}
 
 
 def _text(path: Path) -> str:
