@@ -31,9 +31,9 @@ from llmgate.core.prompt import Prompt
 from llmgate.core.queue import Priority
 from llmgate.core.record import Record
 from llmgate.core.seats import Seat, heirs, origin_of, seats
-from llmgate.ledger import RequestLog
 from llmgate.metrics import UNKNOWN, Metrics
 from llmgate.relay import Exchange, Relay, Whole
+from llmgate.requestlog import RequestLog
 from llmgate.settings import Settings
 from llmgate.waiting import NobodyReady, Turn, TurnedAway, Visit, Waiting
 from llmnode.wire import dialect
