@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from llmgate.core.limits import NAMES, Limits, Refusal, State, resets, use
 from llmnode.wire import headers as names
-from llmnode.wire.errors import ApiError
+from llmnode.wire.errors import ApiError, Overloaded
 
 LONGEST_RETRY_S = 60.0
 """SDKs wait no longer than that, and then ask again too early; beyond it they are told not to."""
@@ -19,11 +20,12 @@ class OverLimit(ApiError):
     type = "rate_limit_error"
     code = "rate_limit_exceeded"
 
-    def __init__(self, refusal: Refusal) -> None:
+    def __init__(self, refusal: Refusal, shown: Mapping[str, str]) -> None:
+        """shown: the headers of every answer, below."""
         budget = refusal.limit in ("tokens_per_day", "tokens_per_month")
         wait_s = None if refusal.wait_ms is None else refusal.wait_ms / 1000
         super().__init__(_sentence(refusal), code="insufficient_quota" if budget else None, retry_after=wait_s)
-        self.refusal = refusal
+        self.refusal, self._shown = refusal, shown
 
     def body(self) -> dict[str, Any]:
         """`error.limit` says which limit, what it is, what is used of it and what was asked for."""
@@ -34,7 +36,16 @@ class OverLimit(ApiError):
 
     def headers(self) -> dict[str, str]:
         patient = self.retry_after is not None and self.retry_after <= LONGEST_RETRY_S
-        return super().headers() | ({} if patient else {names.SHOULD_RETRY: "false"})
+        return {**super().headers(), **self._shown} | ({} if patient else {names.SHOULD_RETRY: "false"})
+
+
+class LimitsUnavailable(Overloaded):
+    """503: what the key has used cannot be counted now, so nothing of it is given out."""
+
+    def __init__(self, retry_after: float) -> None:
+        super().__init__(
+            "what this key has used cannot be counted at the moment", retry_after=retry_after, code="limits_unavailable"
+        )
 
 
 def _sentence(refusal: Refusal) -> str:

@@ -58,8 +58,10 @@ class Counters(Protocol):
         changes nothing."""
 
     async def settle(self, hold: Hold, spent: int, requests: int) -> bool:
-        """Count `spent` tokens in place of those reserved, `requests` (0 or 1) in place of one, and free the place. What
-        was settled before changes nothing. False: the store has lost the hold; renew it, then settle again."""
+        """Count `spent` tokens in place of those reserved, `requests` (0 or 1) in place of one, and free the place.
+
+        What was settled before changes nothing. False: the store has lost the hold; renew it, then settle again.
+        """
 
     async def renew(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> list[tuple[str, Unseeded]]:
         """Put off the ends of these places; what the store has lost of them is counted again. The answer names the keys

@@ -4,8 +4,8 @@ One Lua script (shared.lua) does each operation in one atomic step. Its arithmet
 clock of the Redis server, so that gates whose clocks differ agree. Of a key there are a hash of counts and a sorted set
 of places by their ends.
 
-**What was lost.** A Redis that was restarted or flushed may have forgotten what it had confirmed. Its `run_id` tells: the
-script keeps it in an epoch marker, and where it finds another or none, a new epoch begins. From then on
+**What was lost.** A Redis that was restarted or flushed may have forgotten what it had confirmed. Its `run_id` tells:
+the script keeps it in an epoch marker, and where it finds another or none, a new epoch begins. From then on
 
 - nothing is let in for `RECALL_MS` (StoreDown): each gate renews its places every `allowances.RENEW_S`, and what the
   store has lost of them is counted again;
@@ -20,6 +20,8 @@ Redis at the very first start is no different from one that lost everything. Wit
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -52,6 +54,7 @@ class Shared:
     def __init__(self, url: str, *, hour: int = 0, strict: bool = True, now: int = 0) -> None:
         self._hour, self._strict, self.now = hour, strict, now
         self._run = b""
+        self._undoing: set[asyncio.Task[None]] = set()
         pool = redis.BlockingConnectionPool.from_url(
             url,
             max_connections=_CONNECTIONS,
@@ -68,6 +71,23 @@ class Shared:
     async def reserve(
         self, key: str, limits: Limits, tokens: int, id: int, seed: Seed | None = None
     ) -> Reserved | Unseeded:
+        """Who is cancelled meanwhile has reserved nothing."""
+        asked = asyncio.ensure_future(self._reserve(key, limits, tokens, id, seed))
+        try:
+            return await asyncio.shield(asked)
+        except asyncio.CancelledError:
+            self._undoing = {task for task in self._undoing if not task.done()} | {
+                asyncio.create_task(self._undo(asked))
+            }
+            raise
+
+    async def _undo(self, asked: asyncio.Future[Reserved | Unseeded]) -> None:
+        with contextlib.suppress(StoreDown):
+            found = await asked
+            if isinstance(found, Reserved) and found.hold:
+                await self.settle(found.hold, 0, 0)
+
+    async def _reserve(self, key: str, limits: Limits, tokens: int, id: int, seed: Seed | None) -> Reserved | Unseeded:
         most = (-1 if limit is None else limit for limit in vars(limits).values())
         status, state, again = await self._do("reserve", key, f"{id:x}", tokens, *_told(seed), *most)
         if status == "recalling":
@@ -84,7 +104,10 @@ class Shared:
         return status != "lost"
 
     async def renew(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> list[tuple[str, Unseeded]]:
+        """With nothing to renew, only see whether the store still knows what it did."""
         wanting: list[tuple[str, Unseeded]] = []
+        if not holds:
+            await self._do("look", "")
         for key in {hold.key for hold in holds}:
             places = [part for hold in holds if hold.key == key for part in (f"{hold.id:x}", hold.minute, hold.tokens)]
             status, state, _ = await self._do("renew", key, *_told(seeds.get(key)), *places)
