@@ -20,6 +20,7 @@ from llmgate.core.keys import Key
 from llmgate.core.limits import NO_LIMITS, Hold, Moment, State, day_begins, month_begins, refusal
 from llmgate.core.ratelimit import LimitsUnavailable, OverLimit, headers
 from llmgate.counters import Counters, Reserved, Seed, StoreDown, Unseeded
+from llmgate.database import StoreError
 from llmgate.metrics import Metrics
 
 log = logging.getLogger("llmgate.limits")
@@ -153,7 +154,7 @@ class Allowances:
         day, month, end = day_begins(at.day, at.hour), month_begins(at.month, at.hour), day_begins(at.day + 1, at.hour)
         try:
             return Seed(at, *[await self._spent(key, since / 1000, end / 1000) for since in (day, month)])
-        except OSError as error:
+        except StoreError as error:
             raise StoreDown(f"the ledger cannot say what a key has used: {error}") from error
 
     @contextmanager

@@ -1,9 +1,9 @@
 """One request for an answer, from the door to the log.
 
 Its life, in the order of the code: who asks -> what for -> which nodes -> what its key may still use -> its turn, when
-one has room -> attempts and waits, as the plan says -> what it used -> written down. The body is read once, for the model's name, the prompt's chain and whether a
-stream is wanted; the bytes themselves go to the node as they came, but for the model's name where the nodes know it by
-another.
+one has room -> attempts and waits, as the plan says -> what it used -> written down. The body is read once, for the
+model's name, the prompt's chain and whether a stream is wanted; the bytes themselves go to the node as they came, but
+for the model's name where the nodes know it by another.
 
 Decides nothing about nodes: `core/policy.py` ranks them, `waiting.py` says when to begin and `core/plan.py` whom to ask
 next. Here is what those decisions take: clock, dice, the fleet as it is now, and time to wait.

@@ -26,7 +26,7 @@ log = logging.getLogger("llmgate.api")
 
 
 def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
-    """Give the app its error handlers and the request id header."""
+    """Give the app its error handlers, the request id header and those of a key's limits (`request.ctx.rate`)."""
 
     async def known(request: Request, error: ApiError) -> HTTPResponse:
         return response(request, error)
@@ -40,6 +40,8 @@ def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
 
     async def stamp(request: Request, answer: BaseHTTPResponse) -> HTTPResponse | None:
         for name, value in dialect.of(request.path, request.headers).named(request_id(request)).items():
+            answer.headers.setdefault(name, value)
+        for name, value in getattr(request.ctx, "rate", {}).items():
             answer.headers.setdefault(name, value)
         return None
 

@@ -1,4 +1,4 @@
-"""What a request may use of its key's tokens, as far as that can be known before it is answered; and what it has used."""
+"""What a request may use of its key's tokens, as far as that is known before it is answered; and what it has used."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ def prompt_tokens(choice: Choice, size: int) -> int:
 def spent(usage: Usage | None, got: Got, prompt: int, hold: Hold | None) -> int:
     """Tokens that a request has used, however it ended.
 
-    Its node says it of an answer that came to its end. Of one that broke off, the ids that are out are known, if it could
-    be gone on with; else what was reserved stands. One of which nothing came has used nothing.
+    Its node says it of an answer that came to its end. Of one that broke off, the ids that are out are known if another
+    node could have gone on with it, else what was reserved stands. One of which nothing came has used nothing.
     """
     if usage:
         return usage.prompt_tokens + usage.completion_tokens
-    if got.ids:
+    if got.ids and got.resumable:
         return prompt + got.ids
     return hold.tokens if hold and got.content else 0
 
