@@ -29,7 +29,7 @@ from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
 from llmgate.allowances import Allowances
-from llmgate.api import admin, errors, manual, openai, probes, props
+from llmgate.api import admin, errors, manual, openai, probes, props, usage
 from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
@@ -59,6 +59,7 @@ from llmgate.settings import (
     state_dir,
 )
 from llmgate.store import Contents
+from llmgate.usage import UsageWriter
 from llmgate.waiting import Waiting
 from llmnode.service.connection import Connection
 from llmnode.service.settings import Loaded, SettingError
@@ -87,7 +88,7 @@ class Gate:
 
         self._view = View(Fleet(rules=Rules.of(settings)), self._node_moved)
         self._view.apply(Listed(listing.addresses, listing.routes))
-        self._ledger = Ledger(database(settings), self._take_contents, lambda: line.say(News.CHANGED))
+        self._ledger = Ledger(database(settings), self._take_contents, lambda: line.say(News.CHANGED), self._pen())
         self._door = Door(lambda: self._ledger.keyring, self._wall, require_keys=settings.require_keys)
         self._relay = Relay(
             token,
@@ -117,6 +118,7 @@ class Gate:
             settings.stale_after_s,
             self._figures,
             certificate_ends(settings, self._context),
+            lambda: self._ledger.unwritten,
         )
         self._request_log = RequestLog(settings.request_log)
         self._allowances = Allowances(
@@ -129,6 +131,19 @@ class Gate:
             dice=lambda: random.getrandbits(64),
         )
 
+    def _pen(self) -> UsageWriter | None:
+        settings = self._settings
+        if not settings.usage:
+            return None
+        # One worker drops for all what has been kept long enough.
+        keep_days = 0 if self._post.place else settings.usage_retention_days
+        return UsageWriter(
+            socket.gethostname(),
+            self._wall,
+            lambda outcome, rows: self._metrics.usage.labels(outcome).inc(rows),
+            keep_days=keep_days,
+        )
+
     async def serve(self, sock: socket.socket) -> None:
         """Serve on a listening socket until told to end. Raises StoreError before the first request."""
         loop = asyncio.get_running_loop()
@@ -139,9 +154,8 @@ class Gate:
         try:
             self._prober.follow()
             await self._prober.first_round(_FIRST_ROUND_S)
-            chores = [
-                asyncio.create_task(run()) for run in (self._housekeeping, self._heartbeat, self._allowances.tend)
-            ]
+            works = (self._housekeeping(), self._follow_ledger(), self._heartbeat(), self._allowances.tend())
+            chores = [asyncio.create_task(work) for work in works]
             for chore in chores:
                 chore.add_done_callback(self._chore_ended)
             if not self._stop.is_set():
@@ -228,6 +242,7 @@ class Gate:
             waiting=self._waiting,
             allowances=self._allowances,
             request_log=self._request_log,
+            note=self._ledger.note,
             metrics=self._metrics,
             clock=clock,
             wall=wall,
@@ -257,6 +272,7 @@ class Gate:
                 stale_after_s=stale,
             )
         )
+        app.blueprint(usage.blueprint(door=self._door, ledger=self._ledger, clock=clock, wall=wall))
         app.blueprint(
             probes.blueprint(
                 door=self._door,
@@ -316,24 +332,36 @@ class Gate:
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
-        """Notice what changes without a request: other processes' writes, leases that end, a new nodes file."""
+        """Notice a new nodes file, and let the other workers see what is new here."""
         seen = self._nodes_stamp()
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            stamp = self._nodes_stamp()
+            if stamp != seen:
+                seen = stamp
+                self._read_nodes_again()
+            self._metrics.publish()
+
+    async def _follow_ledger(self) -> None:
+        """Notice other processes' writes, and leases that end. A server that does not answer may take its time."""
+        failing = False
         while True:
             try:
                 await asyncio.wait_for(self._look.wait(), _HOUSEKEEPING_S)
             except asyncio.TimeoutError:
                 pass
             self._look.clear()
-            stamp = self._nodes_stamp()
-            if stamp != seen:
-                seen = stamp
-                self._read_nodes_again()
             try:
                 await self._ledger.refresh()
                 await self._end_leases()
             except StoreError as error:
-                log.error("%s; going on with what was read before", error)
-            self._metrics.publish()
+                if not failing:
+                    log.error("%s; going on with what was read before", error)
+                failing = True
+                continue
+            if failing:
+                log.warning("keys and leases can be read again")
+            failing = False
 
     async def _end_leases(self) -> None:
         held = tuple(node.lease for node in self._view.fleet.nodes.values() if node.lease)

@@ -118,6 +118,13 @@ class Settings:
         "while it cannot be counted what keys use, those with limits are refused (closed) or go uncounted (open)",
         choices=("closed", "open"),
     )
+    usage: bool = setting(True, "keep what each request used in the database, for reports and budgets")
+    usage_retention_days: int = setting(
+        90, "days after which that is dropped; 0 keeps it for ever", unit="days", minimum=0, maximum=36_500
+    )
+    gates: int = setting(
+        1, "gates that share keys and their limits; more than one need one database", minimum=1, maximum=1000
+    )
     request_log: str = setting("-", "file for one JSON line a request; - is standard output")
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "log lines for people or machines", choices=("text", "json"))

@@ -101,7 +101,7 @@ class _Talk:
 
 
 class Conversations:
-    """Carries requests from the door to the log. `dice`: 64 random bits each time."""
+    """Carries requests from the door to the log. `dice`: 64 random bits each time. `note` takes what the log takes."""
 
     def __init__(
         self,
@@ -113,6 +113,7 @@ class Conversations:
         waiting: Waiting,
         allowances: Allowances,
         request_log: RequestLog,
+        note: Callable[[Mapping[str, Any]], None],
         metrics: Metrics,
         clock: Callable[[], float],
         wall: Callable[[], float],
@@ -121,7 +122,7 @@ class Conversations:
         self._settings = settings
         self._door, self._view, self._relay, self._waiting = door, view, relay, waiting
         self._allowances = allowances
-        self._log, self._metrics = request_log, metrics
+        self._log, self._note, self._metrics = request_log, note, metrics
         self._clock, self._wall, self._dice = clock, wall, dice
         self._may_wait = settings.ready_wait_s > 0 and settings.queue_limit > 0
 
@@ -292,8 +293,11 @@ class Conversations:
         if not step.resume:
             talk.client.node = step.node
             record.model = talk.choice.model
+        began = self._clock()
         outcome = await self._attempt(step, talk)
-        record.attempt(step.node, outcome, resume=step.resume, ids=exchange.committed.size)
+        record.attempt(
+            step.node, outcome, began=began, now=self._clock(), resume=step.resume, ids=exchange.committed.size
+        )
         self._metrics.attempts.labels(step.node, outcome.kind.value).inc()
         if step.resume:
             self._metrics.resumes.labels(record.model, outcome.kind.value).inc()
@@ -374,7 +378,9 @@ class Conversations:
 
     def _write(self, record: Record) -> None:
         now = self._clock()
-        self._log.write(record.line(now, self._wall()))
+        line = record.line(now, self._wall())
+        self._log.write(line)
+        self._note(line)
         model = record.model if record.model and self._view.fleet.resolve(record.model) else UNKNOWN
         self._metrics.requests.labels(model, str(record.status)).inc()
         self._metrics.duration.labels(model).observe(now - record.arrived)
