@@ -17,7 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from llmgate.core.keys import Key
-from llmgate.core.limits import NO_LIMITS, Hold, Moment, State, day_begins, month_begins, refusal
+from llmgate.core.limits import NO_LIMITS, Hold, Moment, Use, day_begins, month_begins, refusal, use
 from llmgate.core.ratelimit import LimitsUnavailable, OverLimit, headers
 from llmgate.counters import Counters, Reserved, Seed, StoreDown, Unseeded
 from llmgate.database import StoreError
@@ -97,10 +97,13 @@ class Allowances:
             with contextlib.suppress(StoreDown):
                 await self._settle(hold.id)
 
-    async def look(self, key: str) -> State:
-        """What is counted of a key now. Raises StoreDown."""
-        with self._asking("look"):
-            return await self._counters.look(key)
+    async def use(self, key: Key) -> Use | None:
+        """What counts against a key's limits now; None for one without, and while the store is down."""
+        if key.limits == NO_LIMITS:
+            return None
+        with contextlib.suppress(StoreDown), self._asking("look"):
+            return use(await self._counters.look(key.name), key.limits)
+        return None
 
     async def tend(self) -> None:
         """Renew and settle for ever."""
