@@ -28,12 +28,15 @@ from sanic import HTTPResponse, Request, Sanic
 from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
+from llmgate.allowances import Allowances
 from llmgate.api import admin, errors, manual, openai, probes, props, usage
 from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
 from llmgate.core.health import Rules
+from llmgate.counters import Counters
+from llmgate.counters.local import Local
 from llmgate.database import StoreError
 from llmgate.figures import Figures
 from llmgate.ledger import Ledger
@@ -52,6 +55,8 @@ from llmgate.settings import (
     is_loopback,
     node_context,
     read_nodes,
+    redis_url,
+    state_dir,
 )
 from llmgate.store import Contents
 from llmgate.usage import UsageWriter
@@ -84,7 +89,7 @@ class Gate:
         self._view = View(Fleet(rules=Rules.of(settings)), self._node_moved)
         self._view.apply(Listed(listing.addresses, listing.routes))
         self._ledger = Ledger(database(settings), self._take_contents, lambda: line.say(News.CHANGED), self._pen())
-        self._door = Door(lambda: self._ledger.keyring, require_keys=settings.require_keys)
+        self._door = Door(lambda: self._ledger.keyring, self._wall, require_keys=settings.require_keys)
         self._relay = Relay(
             token,
             self._clock,
@@ -116,6 +121,15 @@ class Gate:
             lambda: self._ledger.unwritten,
         )
         self._request_log = RequestLog(settings.request_log)
+        self._allowances = Allowances(
+            self._counters(),
+            self._ledger.spent,
+            self._metrics,
+            closed=settings.limits_when_down == "closed",
+            needed=lambda: self._ledger.keyring.limited,
+            clock=self._clock,
+            dice=lambda: random.getrandbits(64),
+        )
 
     def _pen(self) -> UsageWriter | None:
         settings = self._settings
@@ -140,8 +154,8 @@ class Gate:
         try:
             self._prober.follow()
             await self._prober.first_round(_FIRST_ROUND_S)
-            works = (self._housekeeping(), self._follow_ledger(), self._heartbeat())
-            chores = [asyncio.create_task(work) for work in works]
+            works = (self._housekeeping, self._follow_ledger, self._heartbeat, self._allowances.tend)
+            chores = [asyncio.create_task(work()) for work in works]
             for chore in chores:
                 chore.add_done_callback(self._chore_ended)
             if not self._stop.is_set():
@@ -157,11 +171,21 @@ class Gate:
             await asyncio.gather(*chores, return_exceptions=True)
             await self._prober.stop()
             await self._relay.close()
+            await self._allowances.close()
             await self._ledger.close()
             self._request_log.close()
             if self._line.ended:
                 # The supervisor cleans up, but it was killed.
                 shutil.rmtree(self._post.folder, ignore_errors=True)
+
+    def _counters(self) -> Counters:
+        """Where this gate counts what keys use."""
+        settings, url = self._settings, redis_url(self._settings)
+        if url:
+            from llmgate.counters.shared import Shared  # redis-py takes 60 ms and 10 MB, and most gates need none
+
+            return Shared(url, hour=settings.budget_hour, strict=settings.limits_when_down == "closed")
+        return Local(state_dir(settings), lambda: int(self._wall() * 1000), hour=settings.budget_hour)
 
     def _announce(self, sock: socket.socket) -> None:
         host = self._settings.host
@@ -216,6 +240,7 @@ class Gate:
             view=self._view,
             relay=self._relay,
             waiting=self._waiting,
+            allowances=self._allowances,
             request_log=self._request_log,
             note=self._ledger.note,
             metrics=self._metrics,

@@ -108,6 +108,23 @@ class Settings:
     gates: int = setting(
         1, "gates that share keys and their limits; more than one need one database", minimum=1, maximum=1000
     )
+    default_max_tokens: int = setting(
+        1024,
+        "tokens of an answer that count against its key's limits until it has ended, where the client names no maximum",
+        minimum=1,
+    )
+    budget_hour: int = setting(
+        0, "hour of the day, UTC, at which days and months of token budgets begin", minimum=0, maximum=23
+    )
+    redis_url_file: Path | None = setting(
+        None,
+        "file whose first line is redis://:PASSWORD@HOST:6379/0, to count there what keys use; several gates need it",
+    )
+    limits_when_down: str = setting(
+        "closed",
+        "while it cannot be counted what keys use, those with limits are refused (closed) or go uncounted (open)",
+        choices=("closed", "open"),
+    )
     request_log: str = setting("-", "file for one JSON line a request; - is standard output")
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "log lines for people or machines", choices=("text", "json"))
@@ -123,6 +140,7 @@ def usable(settings: Settings) -> tuple[str, Listing, Path]:
     certificates, which are only tried. Raises SettingError."""
     found = read_fleet_token(settings), read_nodes(settings), state_dir(settings)
     database(settings)
+    redis_url(settings)
     door_context(settings)
     node_context(settings)
     return found
@@ -166,6 +184,22 @@ def database(settings: Settings) -> Database:
         raise SettingError(f"cannot read the database URL file {path}: it is not text") from None
     except ValueError as error:
         raise SettingError(f"database URL file {path}: its first line cannot be used: {error}") from None
+
+
+def redis_url(settings: Settings) -> str:
+    """Where keys' counters are kept, "" for a file of this host. Raises SettingError, which never repeats the URL."""
+    path = settings.redis_url_file
+    if path is None:
+        return ""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise SettingError(f"cannot read the Redis URL file {path}: {reason}") from None
+    url = lines[0].strip() if lines else ""
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise SettingError(f"Redis URL file {path}: its first line must begin with redis://, rediss:// or unix://")
+    return url
 
 
 def read_nodes(settings: Settings) -> Listing:

@@ -29,7 +29,7 @@ _DATABASE_RETRY_S = 5.0
 
 
 def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
-    """Give the app its error handlers and the request id header."""
+    """Give the app its error handlers, the request id header and those of a key's limits (`request.ctx.rate`)."""
 
     async def known(request: Request, error: ApiError) -> HTTPResponse:
         return response(request, error)
@@ -48,6 +48,8 @@ def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
 
     async def stamp(request: Request, answer: BaseHTTPResponse) -> HTTPResponse | None:
         for name, value in dialect.of(request.path, request.headers).named(request_id(request)).items():
+            answer.headers.setdefault(name, value)
+        for name, value in getattr(request.ctx, "rate", {}).items():
             answer.headers.setdefault(name, value)
         return None
 
