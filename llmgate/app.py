@@ -49,10 +49,13 @@ from llmgate.settings import (
     is_loopback,
     node_context,
     read_nodes,
+    receiver,
     state_dir,
 )
 from llmgate.waiting import Waiting
+from llmnode.service import traces
 from llmnode.service.connection import Connection
+from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError
 
 log = logging.getLogger("llmgate")
@@ -111,6 +114,8 @@ class Gate:
             certificate_ends(settings, self._context),
         )
         self._request_log = RequestLog(settings.request_log)
+        instance = f"{socket.gethostname()}-{post.place}"
+        self._traces = traces.start(receiver(settings), name="llmgate", version=release(), **{"instance.id": instance})
 
     async def serve(self, sock: socket.socket) -> None:
         """Serve on a listening socket until told to end. Raises StoreError before the first request."""
@@ -140,6 +145,8 @@ class Gate:
             await self._relay.close()
             await self._ledger.close()
             self._request_log.close()
+            if self._traces:
+                await asyncio.get_running_loop().run_in_executor(None, self._traces.close)
             if self._line.ended:
                 # The supervisor cleans up, but it was killed.
                 shutil.rmtree(self._post.folder, ignore_errors=True)
@@ -199,6 +206,7 @@ class Gate:
             waiting=self._waiting,
             request_log=self._request_log,
             metrics=self._metrics,
+            traces=self._traces,
             clock=clock,
             wall=wall,
             dice=lambda: random.getrandbits(64),
