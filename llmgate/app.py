@@ -34,24 +34,27 @@ from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
 from llmgate.core.health import Rules
+from llmgate.database import StoreError
 from llmgate.figures import Figures
-from llmgate.ledger import Contents, Ledger, RequestLog, StoreError
+from llmgate.ledger import Ledger
 from llmgate.line import Line, News, Order, Post
 from llmgate.listener import BACKLOG
 from llmgate.listing import Listing
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
+from llmgate.requestlog import RequestLog
 from llmgate.settings import (
     Settings,
     certificate_ends,
+    database,
     door_context,
     is_loopback,
     node_context,
     read_nodes,
     receiver,
-    state_dir,
 )
+from llmgate.store import Contents
 from llmgate.waiting import Waiting
 from llmnode.service import traces
 from llmnode.service.connection import Connection
@@ -82,7 +85,7 @@ class Gate:
 
         self._view = View(Fleet(rules=Rules.of(settings)), self._node_moved)
         self._view.apply(Listed(listing.addresses, listing.routes))
-        self._ledger = Ledger(state_dir(settings), self._take_contents, lambda: line.say(News.CHANGED))
+        self._ledger = Ledger(database(settings), self._take_contents, lambda: line.say(News.CHANGED))
         self._door = Door(lambda: self._ledger.keyring, require_keys=settings.require_keys)
         self._relay = Relay(
             token,
@@ -113,7 +116,7 @@ class Gate:
             self._figures,
             certificate_ends(settings, self._context),
         )
-        self._request_log = RequestLog(settings.request_log)
+        self._request_log = RequestLog(settings.request_log, settings.request_log_format)
         instance = f"{socket.gethostname()}-{post.place}"
         self._traces = traces.start(receiver(settings), name="llmgate", version=release(), **{"instance.id": instance})
 

@@ -32,9 +32,9 @@ from llmgate.core.queue import Priority
 from llmgate.core.record import Record
 from llmgate.core.seats import Seat, heirs, origin_of, seats
 from llmgate.core.trace import Journey, Leg
-from llmgate.ledger import RequestLog
 from llmgate.metrics import UNKNOWN, Metrics
 from llmgate.relay import Exchange, Relay, Whole
+from llmgate.requestlog import RequestLog
 from llmgate.settings import Settings
 from llmgate.waiting import NobodyReady, Turn, TurnedAway, Visit, Waiting
 from llmnode.service import spans
