@@ -55,13 +55,16 @@ from llmgate.settings import (
     is_loopback,
     node_context,
     read_nodes,
+    receiver,
     redis_url,
     state_dir,
 )
 from llmgate.store import Contents
 from llmgate.usage import UsageWriter
 from llmgate.waiting import Waiting
+from llmnode.service import traces
 from llmnode.service.connection import Connection
+from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError
 
 log = logging.getLogger("llmgate")
@@ -120,7 +123,9 @@ class Gate:
             certificate_ends(settings, self._context),
             lambda: self._ledger.unwritten,
         )
-        self._request_log = RequestLog(settings.request_log)
+        self._request_log = RequestLog(settings.request_log, settings.request_log_format)
+        instance = f"{socket.gethostname()}-{post.place}"
+        self._traces = traces.start(receiver(settings), name="llmgate", version=release(), **{"instance.id": instance})
         self._allowances = Allowances(
             self._counters(),
             self._ledger.spent,
@@ -174,6 +179,8 @@ class Gate:
             await self._allowances.close()
             await self._ledger.close()
             self._request_log.close()
+            if self._traces:
+                await asyncio.get_running_loop().run_in_executor(None, self._traces.close)
             if self._line.ended:
                 # The supervisor cleans up, but it was killed.
                 shutil.rmtree(self._post.folder, ignore_errors=True)
@@ -244,6 +251,7 @@ class Gate:
             request_log=self._request_log,
             note=self._ledger.note,
             metrics=self._metrics,
+            traces=self._traces,
             clock=clock,
             wall=wall,
             dice=lambda: random.getrandbits(64),

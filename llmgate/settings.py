@@ -17,6 +17,7 @@ from llmgate.database import Database, check_url
 from llmgate.listing import Listing
 from llmnode.service import tls
 from llmnode.service.settings import Loaded, SettingError, load, setting
+from llmnode.service.traces import Receiver
 
 PREFIX = "LLMGATE_"
 _MIN_TOKEN = 24
@@ -125,7 +126,22 @@ class Settings:
         "while it cannot be counted what keys use, those with limits are refused (closed) or go uncounted (open)",
         choices=("closed", "open"),
     )
-    request_log: str = setting("-", "file for one JSON line a request; - is standard output")
+    request_log: str = setting(
+        "-", "where one line a request goes: a file, - for standard output, journal for systemd's, with fields"
+    )
+    request_log_format: str = setting("json", "how a line of it is written", choices=("json", "logfmt"))
+    otlp_endpoint: str = setting(
+        "", "base URL of who collects traces (OTLP over HTTP, http://HOST:4318); none: there are no traces"
+    )
+    otlp_headers_file: Path | None = setting(
+        None, "file with headers for it, NAME=VALUE lines: a token, where it asks for one"
+    )
+    traces_sample_ratio: float = setting(
+        1.0,
+        "of the traces that begin here, how many are recorded; clients decide of those that they begin",
+        minimum=0,
+        maximum=1,
+    )
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "log lines for people or machines", choices=("text", "json"))
 
@@ -137,13 +153,20 @@ def read(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = No
 
 def usable(settings: Settings) -> tuple[str, Listing, Path]:
     """What a start reads from the files that the settings name: the fleet token, the nodes, the state folder; and the
-    certificates, which are only tried. Raises SettingError."""
+    certificates and what traces take, which are only tried. Raises SettingError."""
     found = read_fleet_token(settings), read_nodes(settings), state_dir(settings)
     database(settings)
     redis_url(settings)
     door_context(settings)
     node_context(settings)
+    if settings.otlp_endpoint:
+        receiver(settings).check()
     return found
+
+
+def receiver(settings: Settings) -> Receiver:
+    """Who collects traces."""
+    return Receiver(settings.otlp_endpoint, settings.otlp_headers_file, settings.traces_sample_ratio)
 
 
 def door_context(settings: Settings) -> ssl.SSLContext | None:

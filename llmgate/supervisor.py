@@ -132,7 +132,7 @@ def serve(invocation: Invocation) -> int:
     environ = dict(os.environ)
     estate = _inherited(environ)
     if estate:
-        logs.setup(estate.edition.log_level, estate.edition.log_format)
+        logs.setup(estate.edition.log_level, estate.edition.log_format, "llmgate")
         log.info("release %s goes on with %d workers", release(), len(estate.peers))
     else:
         estate = _founded(invocation, environ)
@@ -436,7 +436,7 @@ class Signals:
 
 def _founded(invocation: Invocation, environ: Mapping[str, str]) -> Estate:
     loaded = _checked(invocation)
-    logs.setup(loaded.values.log_level, loaded.values.log_format)
+    logs.setup(loaded.values.log_level, loaded.values.log_format, "llmgate")
     passed = passed_socket(environ)
     sock = passed or listen(loaded.values)
     # Not left to the workers: when several turn a new database to WAL at once, one may find it locked.

@@ -43,7 +43,7 @@ def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
         return response(request, translate(error, request, body_limit_bytes))
 
     async def unknown(request: Request, error: Exception) -> HTTPResponse:
-        log.exception("request %s failed", request_id(request), exc_info=error)
+        log.error("request failed", exc_info=error, extra={"fields": {"request_id": request_id(request)}})
         return response(request, ApiError("the gate failed to handle this request; its log has the reason"))
 
     async def stamp(request: Request, answer: BaseHTTPResponse) -> HTTPResponse | None:
