@@ -110,6 +110,12 @@ class Metrics:
             ["model", "reason"],
             registry=self.registry,
         )
+        self.closed = Counter(
+            "llmgate_connections_closed",
+            "Connections that were closed because there were too many",
+            ["reason"],
+            registry=self.registry,
+        )
         self._gauges = _Gauges(fleet, self.in_flight, self.waiting, clock, stale_after_s, certificate_ends or {})
 
     def text(self) -> bytes:
