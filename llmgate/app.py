@@ -26,6 +26,8 @@ from pathlib import Path
 from typing import Any
 
 from sanic import HTTPResponse, Request, Sanic
+from sanic.application.state import ApplicationServerInfo
+from sanic.http.constants import HTTP
 from sanic.models.server_types import Signal
 from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
@@ -186,6 +188,8 @@ class Gate:
 
     async def _listen(self, sock: socket.socket) -> None:
         app, loop = self._compose(), asyncio.get_running_loop()
+        # Else Sanic would tell of other protocols, of which there are none, in a header that is empty.
+        app.state.server_info.append(ApplicationServerInfo({"version": HTTP.VERSION_1}))
         # Routes are finished by startup(), so no connection is taken before it.
         await AsyncioServer(app, loop, None, self._connections).startup()  # type: ignore[no-untyped-call]
         signal = Signal()

@@ -64,6 +64,11 @@ class _Http(Http):
         if request.version == "1.0" and self.request_body == "chunked":
             self._give_up("a request of HTTP/1.0 cannot be chunked")
 
+    def create_empty_request(self) -> None:
+        # It stands for a request that could not be made, perhaps because of its URL: then it could not be made either.
+        self.url = None
+        super().create_empty_request()
+
     async def read(self) -> bytes | None:
         if self.request_body == "chunked" and not self.request_bytes_left:
             await self._chunk_line()
