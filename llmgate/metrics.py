@@ -137,6 +137,12 @@ class Metrics:
         self.limit_store_failures = Counter(
             "llmgate_limit_store_failures", "Such operations that failed", ["operation"], registry=self.registry
         )
+        self.closed = Counter(
+            "llmgate_connections_closed",
+            "Connections that were closed because there were too many",
+            ["reason"],
+            registry=self.registry,
+        )
         self._gauges = _Gauges(
             fleet, self.in_flight, self.waiting, self.unwritten, clock, stale_after_s, certificate_ends or {}
         )

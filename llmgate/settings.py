@@ -7,6 +7,7 @@ for.
 from __future__ import annotations
 
 import ipaddress
+import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,6 +22,8 @@ from llmnode.service.traces import Receiver
 
 PREFIX = "LLMGATE_"
 _MIN_TOKEN = 24
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+"""A scheme, a host and a port, in lower case, as browsers send them (RFC 6454, 6.2); no path."""
 
 
 @dataclass(frozen=True)
@@ -29,8 +32,12 @@ class Settings:
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", minimum=1, maximum=65535)
+    admin_listen: str = setting(
+        "",
+        "a second address, HOST:PORT: everything is answered there, and /admin only there; none: on the first one",
+    )
     tls_cert_file: Path | None = setting(
-        None, "PEM file with the gate's certificate and its chain: it listens with TLS; read again on SIGHUP"
+        None, "PEM file with the gate's certificate and its chain: it listens with TLS; read again when it changes"
     )
     tls_key_file: Path | None = setting(None, "PEM file with the private key of that certificate")
     node_ca_file: Path | None = setting(
@@ -101,6 +108,22 @@ class Settings:
     )
     drain_seconds: float = setting(60.0, "on SIGTERM, how long running requests may go on", unit="seconds", minimum=0)
     body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)
+    head_limit_bytes: int = setting(
+        8192, "largest head of a request: its line and its headers", unit="bytes", minimum=1024, maximum=16384
+    )
+    connections_limit: int = setting(
+        0,
+        "clients' connections that a worker has at the same time; over it those without a request give way; 0: half of "
+        "the open files that it may have",
+        minimum=0,
+    )
+    connections_per_address: int = setting(
+        0, "of these, from one address (of IPv6 one /64); new ones over it are reset; 0: any number", minimum=0
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        "origins whose pages may use the API in a browser, such as https://chat.example.org; * for any, but for /admin",
+    )
     require_keys: bool = setting(True, "refuse requests without an API key; the admin API always wants an admin key")
     usage: bool = setting(True, "keep what each request used in the database, for reports and budgets")
     usage_retention_days: int = setting(
@@ -161,6 +184,8 @@ def usable(settings: Settings) -> tuple[str, Listing, Path]:
     node_context(settings)
     if settings.otlp_endpoint:
         receiver(settings).check()
+    admin_address(settings)
+    check_origins(settings)
     return found
 
 
@@ -169,9 +194,40 @@ def receiver(settings: Settings) -> Receiver:
     return Receiver(settings.otlp_endpoint, settings.otlp_headers_file, settings.traces_sample_ratio)
 
 
+def admin_address(settings: Settings) -> tuple[str, int] | None:
+    """The host and port of the admin API's own address; None without one. Raises SettingError."""
+    text = settings.admin_listen
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if bracketed:
+        host = host[1:-1]
+    if not host or (":" in host and not bracketed) or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise SettingError(f"admin_listen must be HOST:PORT or [IPV6]:PORT, got {text!r}")
+    return host, int(port)
+
+
+def check_origins(settings: Settings) -> None:
+    """Raise SettingError for what no browser sends as an origin."""
+    for origin in settings.cors_origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise SettingError(
+                f"cors_origins must be * or origins such as https://chat.example.org:8443, got {origin!r}"
+            )
+
+
+def door_files(settings: Settings) -> tls.Files:
+    return tls.Files(settings.tls_cert_file, settings.tls_key_file)
+
+
+def node_files(settings: Settings) -> tls.Files:
+    return tls.Files(settings.node_cert_file, settings.node_key_file, settings.node_ca_file)
+
+
 def door_context(settings: Settings) -> ssl.SSLContext | None:
     """What the gate listens with; None for plain HTTP. Raises SettingError."""
-    return tls.server(tls.Files(settings.tls_cert_file, settings.tls_key_file))
+    return tls.server(door_files(settings))
 
 
 def certificate_ends(settings: Settings, door: ssl.SSLContext | None) -> dict[str, float | None]:
@@ -183,7 +239,7 @@ def certificate_ends(settings: Settings, door: ssl.SSLContext | None) -> dict[st
 
 def node_context(settings: Settings) -> ssl.SSLContext | None:
     """What the gate connects to https:// nodes with; None for the system's authorities. Raises SettingError."""
-    return tls.client(tls.Files(settings.node_cert_file, settings.node_key_file, settings.node_ca_file))
+    return tls.client(node_files(settings))
 
 
 def state_dir(settings: Settings) -> Path:

@@ -16,6 +16,7 @@ from llmnode.wire import headers as names
 from llmnode.wire.errors import (
     ApiError,
     BodyTooLarge,
+    HeadTooLarge,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -80,6 +81,8 @@ def translate(error: SanicException, request: Request, body_limit_bytes: int) ->
         return RequestTooSlow(str(error))
     if status == 413:
         return BodyTooLarge(f"the request body is larger than {body_limit_bytes} bytes")
+    if status == 431:
+        return HeadTooLarge(str(error))
     if status == 503:
         return Overloaded("the gate did not answer in time")
     if 400 <= status < 500:
