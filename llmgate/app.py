@@ -28,12 +28,13 @@ from sanic import HTTPResponse, Request, Sanic
 from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
-from llmgate.api import admin, errors, manual, openai, probes, props
+from llmgate.api import admin, errors, manual, openai, pages, probes, props, watch
 from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
 from llmgate.core.health import Rules
+from llmgate.core.history import History
 from llmgate.figures import Figures
 from llmgate.ledger import Contents, Ledger, RequestLog, StoreError
 from llmgate.line import Line, News, Order, Post
@@ -111,6 +112,7 @@ class Gate:
             certificate_ends(settings, self._context),
         )
         self._request_log = RequestLog(settings.request_log)
+        self._history = History()
 
     async def serve(self, sock: socket.socket) -> None:
         """Serve on a listening socket until told to end. Raises StoreError before the first request."""
@@ -206,6 +208,7 @@ class Gate:
         stale = settings.stale_after_s
         app.blueprint(openai.blueprint(conversations, door=self._door, view=self._view, started=wall()))
         app.blueprint(manual.blueprint())
+        app.blueprint(pages.blueprint())
         app.blueprint(
             props.blueprint(
                 door=self._door,
@@ -225,6 +228,20 @@ class Gate:
                 clock=clock,
                 wall=wall,
                 stale_after_s=stale,
+            )
+        )
+        app.blueprint(
+            watch.blueprint(
+                door=self._door,
+                view=self._view,
+                history=self._history,
+                in_flight=self._metrics.in_flight,
+                waiting=self._metrics.waiting,
+                dice=lambda: random.getrandbits(64),
+                clock=clock,
+                wall=wall,
+                stale_after_s=stale,
+                workers=settings.workers,
             )
         )
         app.blueprint(
@@ -286,7 +303,8 @@ class Gate:
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
-        """Notice what changes without a request: other processes' writes, leases that end, a new nodes file."""
+        """Notice what changes without a request: other processes' writes, leases that end, a new nodes file. Remember how
+        the nodes do."""
         seen = self._nodes_stamp()
         while True:
             try:
@@ -304,6 +322,13 @@ class Gate:
             except StoreError as error:
                 log.error("%s; going on with what was read before", error)
             self._metrics.publish()
+            self._remember()
+
+    def _remember(self) -> None:
+        wall = self._wall()
+        if self._history.due(wall):
+            stale_after = self._settings.stale_after_s
+            self._history.sample(self._view.fleet, wall, now=self._clock(), stale_after=stale_after)
 
     async def _end_leases(self) -> None:
         held = tuple(node.lease for node in self._view.fleet.nodes.values() if node.lease)
