@@ -33,12 +33,13 @@ from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
 from llmgate.allowances import Allowances
-from llmgate.api import admin, entrance, errors, manual, openai, probes, props, usage
+from llmgate.api import admin, entrance, errors, manual, openai, pages, probes, props, usage, watch
 from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
 from llmgate.core.health import Rules
+from llmgate.core.history import History
 from llmgate.counters import Counters
 from llmgate.counters.local import Local
 from llmgate.database import StoreError
@@ -162,6 +163,7 @@ class Gate:
             clock=self._clock,
             dice=lambda: random.getrandbits(64),
         )
+        self._history = History()
 
     def _pen(self) -> UsageWriter | None:
         settings = self._settings
@@ -290,6 +292,7 @@ class Gate:
         stale = settings.stale_after_s
         app.blueprint(openai.blueprint(conversations, door=self._door, view=self._view, started=wall()))
         app.blueprint(manual.blueprint())
+        app.blueprint(pages.blueprint())
         app.blueprint(
             props.blueprint(
                 door=self._door,
@@ -312,6 +315,20 @@ class Gate:
             )
         )
         app.blueprint(usage.blueprint(door=self._door, ledger=self._ledger, clock=clock, wall=wall))
+        app.blueprint(
+            watch.blueprint(
+                door=self._door,
+                view=self._view,
+                history=self._history,
+                in_flight=self._metrics.in_flight,
+                waiting=self._metrics.waiting,
+                dice=lambda: random.getrandbits(64),
+                clock=clock,
+                wall=wall,
+                stale_after_s=stale,
+                workers=settings.workers,
+            )
+        )
         app.blueprint(
             probes.blueprint(
                 door=self._door,
@@ -371,7 +388,8 @@ class Gate:
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
-        """Notice a new nodes file, and let the other workers see what is new here."""
+        """Notice a new nodes file and new certificates, remember how the nodes do, and let other workers see what is new
+        here."""
         seen = self._nodes_stamp()
         while True:
             await asyncio.sleep(_HOUSEKEEPING_S)
@@ -381,6 +399,7 @@ class Gate:
                 self._read_nodes_again()
             self._renew()
             self._metrics.publish()
+            self._remember()
 
     async def _follow_ledger(self) -> None:
         """Notice other processes' writes, and leases that end. A server that does not answer may take its time."""
@@ -416,6 +435,12 @@ class Gate:
                 continue
             self._ends.update({to: certificate_ends(self._settings, self._context)[to]})
             log.info("the certificate for %s was read again", to)
+
+    def _remember(self) -> None:
+        wall = self._wall()
+        if self._history.due(wall):
+            stale_after = self._settings.stale_after_s
+            self._history.sample(self._view.fleet, wall, now=self._clock(), stale_after=stale_after)
 
     async def _end_leases(self) -> None:
         held = tuple(node.lease for node in self._view.fleet.nodes.values() if node.lease)

@@ -59,16 +59,20 @@ class _Client:
     """The client's connection, as the relay sees it: the status line waits for the first bytes.
 
     node: who began the answer, as the client is told.    begun: the status line is out.
+    at: the node that works on the answer now. A client that asked to be told hears of each one after the first in a
+    comment before its first bytes, where an event ends and another one begins.
     """
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._response: HTTPResponse | None = None
-        self.node = ""
+        self._tell = request.headers.get(names.TELL) == "node"
+        self._told = ""
+        self.node = self.at = ""
         self.begun = False
 
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        self.begun = True
+        self.begun, self._told = True, self.node
         rest = {name: value for name, value in headers.items() if name != "content-type"}
         response = await self._request.respond(
             status=status, headers=rest | {names.NODE: self.node}, content_type=headers.get("content-type")
@@ -78,6 +82,9 @@ class _Client:
 
     async def send(self, data: bytes) -> None:
         assert self._response is not None, "send before begin"
+        if self._tell and self.at != self._told:
+            self._told = self.at
+            data = b": node %s\n\n" % self.at.encode() + data
         await self._response.send(data)
 
     async def end(self) -> None:
@@ -311,7 +318,7 @@ class Conversations:
 
     async def _try(self, step: Try, talk: _Talk) -> Outcome:
         exchange, record = talk.exchange, talk.record
-        record.node = step.node
+        record.node = talk.client.at = step.node
         if not step.resume:
             talk.client.node = step.node
             record.model = talk.choice.model
