@@ -388,8 +388,7 @@ class Gate:
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
-        """Notice a new nodes file and new certificates, remember how the nodes do, and let other workers see what is new
-        here."""
+        """Notice a new nodes file and new certificates, remember how nodes do, let other workers see what is new here."""
         seen = self._nodes_stamp()
         while True:
             await asyncio.sleep(_HOUSEKEEPING_S)
@@ -425,8 +424,8 @@ class Gate:
     def _renew(self) -> None:
         """Take new certificates, for connections from now on; bad ones are said once, and change nothing."""
         pairs = (("clients", self._context, door_files), ("nodes", self._to_nodes, node_files))
-        for watch, (to, context, files) in zip(self._shown, pairs, strict=True):
-            if context is None or not watch.changed():
+        for shown, (to, context, files) in zip(self._shown, pairs, strict=True):
+            if context is None or not shown.changed():
                 continue
             try:
                 tls.renew(context, files(self._settings))

@@ -104,7 +104,8 @@ def test_who_comes_back_when_told_to_is_let_in(
         (Limits(tokens_per_day=100), {"day_tokens": 91}, 10, "tokens_per_day", HALF_DAY),
         (Limits(tokens_per_month=100), {"month_tokens": 91}, 10, "tokens_per_month", HALF_DAY),
         (Limits(tokens_per_minute=100, tokens_per_day=200), {"day_tokens": 191}, 101, "tokens_per_minute", None),
-        (Limits(requests_per_minute=1, tokens_per_day=9), {"requests": 1, "day_tokens": 9}, 1, "tokens_per_day", HALF_DAY),
+        (Limits(requests_per_minute=1, tokens_per_day=9), {"requests": 1, "day_tokens": 9},
+         1, "tokens_per_day", HALF_DAY),
     ],
 )  # fmt: skip
 def test_of_several_limits_the_one_that_lasts_longest_is_named(
