@@ -388,7 +388,7 @@ class Gate:
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
-        """Notice a new nodes file and new certificates, remember how nodes do, let other workers see what is new here."""
+        """Notice a new nodes file and certificates, remember how nodes do, let other workers see what is new here."""
         seen = self._nodes_stamp()
         while True:
             await asyncio.sleep(_HOUSEKEEPING_S)
