@@ -115,6 +115,9 @@ class Metrics:
             ["model", "reason"],
             registry=self.registry,
         )
+        self.usage = Counter("llmgate_usage_rows", "Requests for the usage ledger", ["outcome"], registry=self.registry)
+        for outcome in ("written", "dropped"):
+            self.usage.labels(outcome)
         self.limit_refusals = Counter(
             "llmgate_limit_refusals", "Requests over a limit of their key", ["limit"], registry=self.registry
         )
@@ -134,9 +137,12 @@ class Metrics:
         self.limit_store_failures = Counter(
             "llmgate_limit_store_failures", "Such operations that failed", ["operation"], registry=self.registry
         )
-        self.usage = Counter("llmgate_usage_rows", "Requests for the usage ledger", ["outcome"], registry=self.registry)
-        for outcome in ("written", "dropped"):
-            self.usage.labels(outcome)
+        self.closed = Counter(
+            "llmgate_connections_closed",
+            "Connections that were closed because there were too many",
+            ["reason"],
+            registry=self.registry,
+        )
         self._gauges = _Gauges(
             fleet, self.in_flight, self.waiting, self.unwritten, clock, stale_after_s, certificate_ends or {}
         )

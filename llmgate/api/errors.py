@@ -16,6 +16,7 @@ from llmnode.wire import headers as names
 from llmnode.wire.errors import (
     ApiError,
     BodyTooLarge,
+    HeadTooLarge,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -43,7 +44,7 @@ def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
         return response(request, translate(error, request, body_limit_bytes))
 
     async def unknown(request: Request, error: Exception) -> HTTPResponse:
-        log.exception("request %s failed", request_id(request), exc_info=error)
+        log.error("request failed", exc_info=error, extra={"fields": {"request_id": request_id(request)}})
         return response(request, ApiError("the gate failed to handle this request; its log has the reason"))
 
     async def stamp(request: Request, answer: BaseHTTPResponse) -> HTTPResponse | None:
@@ -80,6 +81,8 @@ def translate(error: SanicException, request: Request, body_limit_bytes: int) ->
         return RequestTooSlow(str(error))
     if status == 413:
         return BodyTooLarge(f"the request body is larger than {body_limit_bytes} bytes")
+    if status == 431:
+        return HeadTooLarge(str(error))
     if status == 503:
         return Overloaded("the gate did not answer in time")
     if 400 <= status < 500:
