@@ -161,9 +161,12 @@ def test_what_ends_while_it_is_renewed_does_not_come_back(tmp_path: Path) -> Non
         await asyncio.sleep(0.05)  # it is in the middle of a renewal now
         await desk.it.settle(one, 50)
         desk.store.pause.set()
+        while not desk.store.renewed:  # noqa: ASYNC110
+            await asyncio.sleep(0.001)
+        await asyncio.sleep(0.01)
         tending.cancel()
         await asyncio.gather(tending, return_exceptions=True)
-        await until(desk, (0, 150))
+        assert await desk.counts() == (0, 150)
 
     run(work())
 
