@@ -122,6 +122,7 @@ end
 -- reserve
 if strict and now < epoch + RECALL_MS then return answer('recalling') end
 if not seed(8) then return answer('unseeded') end
+redis.call('ZREMRANGEBYSCORE', held_key, '-inf', now)
 local id, tokens = ARGV[6], tonumber(ARGV[7])
 for _, at_minute in ipairs({c.minute, c.minute - 1}) do
   if redis.call('ZSCORE', held_key, member(id, at_minute, tokens)) then
@@ -133,7 +134,6 @@ if c.again then
   same[14] = c.again
   return same
 end
-redis.call('ZREMRANGEBYSCORE', held_key, '-inf', now)
 local left = MINUTE - math.min(MINUTE, max(0, now - c.minute * MINUTE))
 local function fits(most, current, before, asked)
   if most < 0 then return true end

@@ -140,6 +140,11 @@ async def same(kind: str, where: Any, hour: int, limits: Limits, steps: list[tup
     """Do the same to the store and to the model, and compare all that they say."""
     clocked, model, holds = Clocked(kind, where, hour), Model(), list[Hold]()
     store = clocked.store
+
+    def recent(hold: Hold) -> bool:
+        """Only so long would anybody repeat a reservation whose answer was lost."""
+        return hold.minute >= clocked.at.minute - 1
+
     try:
         for number, (what, *how) in enumerate(steps):
             last = holds[-1 - how[0] :][0] if what in ("again", "settle") and holds else None
@@ -150,7 +155,7 @@ async def same(kind: str, where: Any, hour: int, limits: Limits, steps: list[tup
                 assert (found.hold is not None) == model.reserve(limits, how[0], number, clocked.at)
                 assert found.state == model.state(clocked.at)
                 holds += [found.hold] if found.hold else []
-            elif what == "again" and last and last.minute >= clocked.at.minute - 1 and last.id in model.places:
+            elif what == "again" and last and recent(last) and model.places.get(last.id, 0) > clocked.ms:
                 found = await seeded(store, "k", limits, last.tokens, last.id)
                 assert (found.hold, found.state) == (last, model.state(clocked.at))
             elif what == "settle" and last:
