@@ -56,7 +56,7 @@ from llmgate.settings import (
 )
 from llmgate.store import Contents
 from llmgate.waiting import Waiting
-from llmnode.service import traces
+from llmnode.service import lag, traces
 from llmnode.service.connection import Connection
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError
@@ -115,6 +115,11 @@ class Gate:
             settings.stale_after_s,
             self._figures,
             certificate_ends(settings, self._context),
+            keyring=lambda: self._ledger.keyring,
+            lost={
+                "request_log": lambda: self._request_log.dropped,
+                "spans": lambda: self._traces.lost if self._traces else 0,
+            },
         )
         self._request_log = RequestLog(settings.request_log, settings.request_log_format)
         instance = f"{socket.gethostname()}-{post.place}"
@@ -131,6 +136,7 @@ class Gate:
             self._prober.follow()
             await self._prober.first_round(_FIRST_ROUND_S)
             chores = [asyncio.create_task(self._housekeeping()), asyncio.create_task(self._heartbeat())]
+            chores.append(asyncio.create_task(lag.watch(self._metrics.lag.observe)))
             for chore in chores:
                 chore.add_done_callback(self._chore_ended)
             if not self._stop.is_set():

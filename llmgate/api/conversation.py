@@ -394,14 +394,7 @@ class Conversations:
         if journey and self._traces and journey.own.sampled and record.key is not None:
             self._traces.say(journey.spans(record, now, self._wall()))
         model = record.model if record.model and self._view.fleet.resolve(record.model) else UNKNOWN
-        self._metrics.requests.labels(model, str(record.status)).inc()
-        self._metrics.duration.labels(model).observe(now - record.arrived)
-        if record.first_content is not None:
-            self._metrics.first_token.labels(model).observe(record.first_content - record.arrived)
-        if record.usage:
-            for kind in ("prompt_tokens", "cached_tokens", "completion_tokens"):
-                self._metrics.tokens.labels(model, kind.removesuffix("_tokens")).inc(getattr(record.usage, kind))
-            self._metrics.predicted.labels(model).inc(record.predicted or 0)
+        self._metrics.count(record, model, now)
 
 
 def visible(fleet: Fleet, key: Key, kinds: frozenset[str] = frozenset()) -> list[str]:

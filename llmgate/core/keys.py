@@ -62,6 +62,11 @@ class Keyring:
     def __len__(self) -> int:
         return len(self._by_digest)
 
+    @property
+    def names(self) -> list[str]:
+        """Of the live keys, oldest first."""
+        return [key.name for key in self._by_digest.values()]
+
     def find(self, secret: str | None) -> Key:
         """The key behind a secret. Raises Unauthorized when there is none, without repeating what was sent."""
         if not secret:
