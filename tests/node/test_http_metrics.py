@@ -74,7 +74,7 @@ def gate_page() -> bytes:
         lambda: fleet, lambda: {"tiny": 1}, lambda: 0.0, 3.0, certificate_ends={"clients": 1.0}, keyring=lambda: ring
     )
     for metric in vars(metrics).values():
-        if isinstance(metric, MetricWrapperBase):
+        if isinstance(metric, MetricWrapperBase) and metric._labelnames:
             metric.labels(*["x"] * len(metric._labelnames))
     return metrics.text()
 
@@ -203,7 +203,7 @@ def test_keys_are_counted_by_name_while_they_live_and_only_so_many(monkeypatch: 
 def test_a_process_is_seen_as_it_is() -> None:
     own = process.look()
     assert own
-    with open("/dev/null"):
+    with Path("/dev/null").open():
         more = process.look()
     assert more
     assert more.open_files == own.open_files + 1
