@@ -1,6 +1,6 @@
 """The command line of the gate.
 
-    llmgate serve | check | settings | nodes | explain | keys create|list|revoke | backup | restore | demo
+    llmgate serve | check | settings | nodes | explain | keys create|list|revoke | usage | backup | restore | demo
 
 Exit codes: 0 done; 1 the answer is no (`nodes`: one is not ready; `explain`: none can take the request; `keys`: no such
 key, or the name is taken; `restore`: the file cannot be put back); 2 bad configuration or arguments; 4 the port is in
@@ -33,6 +33,7 @@ from typing import TYPE_CHECKING, Any
 
 from llmgate import settings as configuration
 from llmgate import supervisor
+from llmgate.commands import usage
 from llmgate.commands.place import BAD, NO, NO_STORE, OK, PORT_IN_USE, add_place, database, load, open_store, say
 from llmgate.core import body as bodies
 from llmgate.core import keys
@@ -109,9 +110,14 @@ def _parser() -> argparse.ArgumentParser:
         add("explain", _explain, "Show which node each policy would choose for a request, and by which figures.")
     )
     _add_keys(add("keys", None, "Create, list and revoke API keys."))
+    usage.add(add("usage", usage.run, "Show what was used: requests and tokens by key, model, node and day."))
     for name, run, text in (
-        ("backup", _backup, "Copy keys and drain leases to a file, also while the gate runs."),
-        ("restore", _restore, "Put such a copy back, also while the gate runs; it replaces all keys and leases."),
+        ("backup", _backup, "Copy keys, drain leases and usage to a file, also while the gate runs."),
+        (
+            "restore",
+            _restore,
+            "Put such a copy back, also while the gate runs; it replaces all keys and leases, and adds missing usage.",
+        ),
     ):
         copying = add(name, run, text)
         copying.add_argument("file", type=Path, metavar="FILE")

@@ -42,6 +42,7 @@ _KINDS = ("prompt", "cached", "completion")
 _CPU = "llmgate_process_cpu_seconds"
 _IN_FLIGHT = "llmgate_in_flight"
 _QUEUE_LENGTH = "llmgate_queue_length"
+_USAGE_WAITING = "llmgate_usage_rows_waiting"
 
 
 class Metrics:
@@ -59,13 +60,15 @@ class Metrics:
         stale_after_s: float,
         figures: Figures | None = None,
         certificate_ends: Mapping[str, float | None] | None = None,
+        unwritten: Callable[[], int] = lambda: 0,
         keyring: Callable[[], Keyring] = Keyring,
         lost: Mapping[str, Callable[[], int]] | None = None,
     ) -> None:
         """`waiting`: how many requests wait for a node, by model. With `figures`, /metrics shows what all workers have
         counted together. `certificate_ends`: whom this gate shows a certificate -> when that ends, in Unix time.
-        `lost`: how much this process has failed to write down or to send, by what it is."""
-        self._fleet, self._waiting, self._figures = fleet, waiting, figures
+        `unwritten`: rows of usage that this worker has still to write. `lost`: how much it has failed to write down or
+        to send, by what it is."""
+        self._fleet, self._waiting, self._figures, self._unwritten = fleet, waiting, figures, unwritten
         self._keyring, self._lost = keyring, lost or {}
         self._named: tuple[Keyring | None, frozenset[str]] = (None, frozenset())
         self._told: dict[str, float] = {}
@@ -162,8 +165,18 @@ class Metrics:
             buckets=lag.BUCKETS,
             registry=self.registry,
         )
+        self.usage = Counter("llmgate_usage_rows", "Requests for the usage ledger", ["outcome"], registry=self.registry)
+        for outcome in ("written", "dropped"):
+            self.usage.labels(outcome)
         self._gauges = _Gauges(
-            fleet, self.in_flight, self.waiting, self.processes, clock, stale_after_s, certificate_ends or {}
+            fleet,
+            self.in_flight,
+            self.waiting,
+            self.unwritten,
+            self.processes,
+            clock,
+            stale_after_s,
+            certificate_ends or {},
         )
 
     def text(self) -> bytes:
@@ -218,6 +231,11 @@ class Metrics:
         own = self._waiting()
         return {model: own.get(model, 0) + int(others.get(model, 0)) for model in {*own, *others}}
 
+    def unwritten(self) -> int:
+        """Rows of usage that are still to be written, of all workers."""
+        others = self._figures.others(_USAGE_WAITING) if self._figures else {}
+        return self._unwritten() + int(sum(others.values()))
+
     def publish(self) -> None:
         """Let the other workers see what only this one knows. Called twice a second."""
         self._add(self.cpu, _CPU, time.process_time())
@@ -225,7 +243,8 @@ class Metrics:
             self._add(self.lost_records.labels(what), what, count())
         if self._figures:
             running = {node.name: node.in_flight for node in self._fleet().nodes.values() if node.in_flight}
-            self._figures.publish({_IN_FLIGHT: running, _QUEUE_LENGTH: dict(self._waiting())})
+            rows = {"rows": self._unwritten()}
+            self._figures.publish({_IN_FLIGHT: running, _QUEUE_LENGTH: dict(self._waiting()), _USAGE_WAITING: rows})
 
     def _add(self, counter: Counter, name: str, total: float) -> None:
         """Bring a counter up to a total that somebody else counts in this process."""
@@ -280,12 +299,14 @@ class _Gauges:
         fleet: Callable[[], Fleet],
         in_flight: Callable[[], dict[str, int]],
         waiting: Callable[[], Mapping[str, int]],
+        unwritten: Callable[[], int],
         processes: Callable[[], tuple[Process | None, list[Process]]],
         clock: Callable[[], float],
         stale_after_s: float,
         certificate_ends: Mapping[str, float | None],
     ) -> None:
-        self._fleet, self._in_flight, self._waiting, self._processes = fleet, in_flight, waiting, processes
+        self._fleet, self._in_flight, self._waiting = fleet, in_flight, waiting
+        self._unwritten, self._processes = unwritten, processes
         self._clock, self._stale_after_s = clock, stale_after_s
         self._certificate_ends = certificate_ends
 
@@ -324,6 +345,7 @@ class _Gauges:
         for to, moment in self._certificate_ends.items():
             if moment is not None:
                 certificates.add_metric([to], moment)
+        yield GaugeMetricFamily(_USAGE_WAITING, "Requests not in the usage ledger yet", value=self._unwritten())
         info = GaugeMetricFamily("llmgate_build_info", "1; what runs here", labels=["release"])
         info.add_metric([release()], 1)
         yield info

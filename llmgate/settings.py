@@ -102,6 +102,13 @@ class Settings:
     drain_seconds: float = setting(60.0, "on SIGTERM, how long running requests may go on", unit="seconds", minimum=0)
     body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)
     require_keys: bool = setting(True, "refuse requests without an API key; the admin API always wants an admin key")
+    usage: bool = setting(True, "keep what each request used in the database, for reports and budgets")
+    usage_retention_days: int = setting(
+        90, "days after which that is dropped; 0 keeps it for ever", unit="days", minimum=0, maximum=36_500
+    )
+    gates: int = setting(
+        1, "gates that share keys and their limits; more than one need one database", minimum=1, maximum=1000
+    )
     request_log: str = setting(
         "-", "where one line a request goes: a file, - for standard output, journal for systemd's, with fields"
     )

@@ -19,7 +19,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -32,13 +32,17 @@ from sqlalchemy import (
     Engine,
     Index,
     Integer,
+    Label,
     MetaData,
     Row,
     Table,
     Text,
+    case,
+    cast,
     create_engine,
     delete,
     event,
+    func,
     insert,
     inspect,
     make_url,
@@ -56,6 +60,7 @@ from llmgate.core.fleet import Lease
 from llmgate.core.keys import Key
 from llmgate.core.limits import Limits
 from llmgate.core.queue import Priority
+from llmgate.core.usage import COUNTS, DAY_S, FIRST_TOKEN, MOST_ROWS, Question, Selection, day
 from llmgate.database import Database, KeyTaken, StoreError
 
 SCHEMA_VERSION = 3
@@ -144,6 +149,15 @@ USAGE = Table(
     Index("usage_once", "request_id", "at", unique=True),
 )
 _WATCHED = (KEYS, LEASES)
+_CHOSEN = ("key", "model", "node")
+_ID_DIGITS = 19
+"""Digits that fit into 64 bits, whatever they are."""
+_SUMS = (
+    func.count().label("requests"),
+    func.sum(case((USAGE.c.end == "done", 0), else_=1)).label("failed"),
+    *(func.sum(USAGE.c[name]).label(name) for name in COUNTS[2:]),
+    func.avg(USAGE.c[FIRST_TOKEN]).label(FIRST_TOKEN),
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,6 +256,73 @@ class Store:
     def drop_expired(self, wall: float) -> None:
         with self._writing(LEASES) as db:
             db.execute(delete(LEASES).where(LEASES.c.expires <= wall))
+
+    def add_usage(self, rows: Sequence[Mapping[str, Any]]) -> None:
+        """Write rows of core/usage.py; those that are there already stay as they are."""
+        with self._writing() as db:
+            if self.where.shared:
+                # One at a time, so that rows are seen in the order of their ids: who follows them misses none.
+                db.execute(select(func.pg_advisory_xact_lock(_USAGE_LOCK)))
+            db.execute(self._once(), rows)
+
+    def usage(self, asked: Question) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Usage added up -> at most MOST_ROWS rows, in the order of what they are of, and the total of all."""
+        groups = [self._day() if name == "day" else USAGE.c[name] for name in asked.by]
+        wanted = [(USAGE.c.at >= asked.since), (USAGE.c.at < asked.until)]
+        wanted += [USAGE.c[name] == value for name in ("key", "model") if (value := getattr(asked, name)) is not None]
+        rows = select(*groups, *_SUMS).where(*wanted).group_by(*groups).order_by(*groups).limit(MOST_ROWS)
+        with self._reading() as db:
+            added = [_added(dict(row)) for row in db.execute(rows).mappings()]
+            return added, _added(dict(db.execute(select(*_SUMS).where(*wanted)).mappings().one()))
+
+    def spent(self, key: str, since: float, until: float) -> int:
+        """Tokens of prompts and answers of one key's requests that ended in that time, seconds since the epoch."""
+        tokens = func.sum(USAGE.c.prompt_tokens + USAGE.c.completion_tokens)
+        wanted = (USAGE.c.key == key) & (USAGE.c.at >= since) & (USAGE.c.at < until)
+        with self._reading() as db:
+            return int(db.execute(select(tokens).where(wanted)).scalar() or 0)
+
+    def requests(self, asked: Selection) -> list[dict[str, Any]]:
+        """Rows of usage, newest first."""
+        wanted = [USAGE.c[name] == value for name in _CHOSEN if (value := getattr(asked, name)) is not None]
+        if asked.status:
+            wanted.append(USAGE.c.status.between(*asked.status))
+        if asked.before is not None:
+            wanted.append(USAGE.c.id < asked.before)
+        if asked.after is not None:
+            wanted.append(USAGE.c.id > asked.after)
+        order = USAGE.c.id.desc() if asked.after is None else USAGE.c.id
+        with self._reading() as db:
+            found = db.execute(select(USAGE).where(*wanted).order_by(order).limit(asked.limit)).mappings()
+            rows = [dict(row) for row in found]
+        return rows if asked.after is None else rows[::-1]
+
+    def request(self, name: str) -> dict[str, Any] | None:
+        """One row, by its id or by the id of the request; the newest, when a client has used that again."""
+        by_request = select(USAGE).where(USAGE.c.request_id == name).order_by(USAGE.c.at.desc()).limit(1)
+        with self._reading() as db:
+            found = None
+            if name.isascii() and name.isdigit() and len(name) < _ID_DIGITS:
+                found = db.execute(select(USAGE).where(USAGE.c.id == int(name))).mappings().first()
+            found = found or db.execute(by_request).mappings().first()
+            return dict(found) if found else None
+
+    def newest_request(self) -> int:
+        """The id of the newest row of usage; 0 without one."""
+        with self._reading() as db:
+            return int(db.execute(select(func.max(USAGE.c.id))).scalar() or 0)
+
+    def forget_usage(self, before: float, most: int) -> int:
+        """Drop rows that ended before then, the oldest first -> how many. The newest stays: no id comes again."""
+        newest = select(func.max(USAGE.c.id)).scalar_subquery()
+        old = select(USAGE.c.id).where(USAGE.c.at < before, USAGE.c.id < newest).order_by(USAGE.c.at).limit(most)
+        with self._writing() as db:
+            return db.execute(delete(USAGE).where(USAGE.c.id.in_(old))).rowcount
+
+    def _day(self) -> Label[int]:
+        """The day of UTC of a row, as a number: PostgreSQL rounds where SQLite cuts off."""
+        days = USAGE.c.at / DAY_S
+        return cast(func.floor(days) if self.where.shared else days, Integer).label("day")
 
     def take_all(self, other: Store) -> None:
         """Fill this empty store with what is in another one, all of one moment."""
@@ -462,6 +543,15 @@ def _key_row(key: Key) -> dict[str, Any]:
         "expires": key.expires,
         "limits": json.dumps(limits),
     }
+
+
+def _added(row: Mapping[str, Any]) -> dict[str, Any]:
+    """PostgreSQL adds up to what is no int, and nothing adds up to NULL."""
+    added = {**row} | {name: int(row[name] or 0) for name in COUNTS}
+    if "day" in added:
+        added["day"] = day(added["day"])
+    mean = added[FIRST_TOKEN]
+    return added | {FIRST_TOKEN: None if mean is None else round(float(mean), 4)}
 
 
 def _leases(db: Connection) -> tuple[Lease, ...]:

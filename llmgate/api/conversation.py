@@ -103,7 +103,7 @@ class _Talk:
 
 
 class Conversations:
-    """Carries requests from the door to the log. `dice`: 64 random bits each time."""
+    """Carries requests from the door to the log. `dice`: 64 random bits each time. `note` takes what the log takes."""
 
     def __init__(
         self,
@@ -114,6 +114,7 @@ class Conversations:
         relay: Relay,
         waiting: Waiting,
         request_log: RequestLog,
+        note: Callable[[Mapping[str, Any]], None],
         metrics: Metrics,
         traces: Traces | None,
         clock: Callable[[], float],
@@ -122,7 +123,7 @@ class Conversations:
     ) -> None:
         self._settings = settings
         self._door, self._view, self._relay, self._waiting = door, view, relay, waiting
-        self._log, self._metrics, self._traces = request_log, metrics, traces
+        self._log, self._note, self._metrics, self._traces = request_log, note, metrics, traces
         self._clock, self._wall, self._dice = clock, wall, dice
         self._may_wait = settings.ready_wait_s > 0 and settings.queue_limit > 0
 
@@ -298,10 +299,12 @@ class Conversations:
             talk.client.node = step.node
             record.model = talk.choice.model
         leg = self._leg(step, talk) if talk.journey else None
+        began = self._clock()
         outcome = await self._attempt(step, talk)
+        now = self._clock()
+        record.attempt(step.node, outcome, began=began, now=now, resume=step.resume, ids=exchange.committed.size)
         if leg:
-            leg.end(outcome, self._clock(), exchange.committed.size)
-        record.attempt(step.node, outcome, resume=step.resume, ids=exchange.committed.size)
+            leg.end(outcome, now, exchange.committed.size)
         self._metrics.attempts.labels(step.node, outcome.kind.value).inc()
         if step.resume:
             self._metrics.resumes.labels(record.model, outcome.kind.value).inc()
@@ -390,9 +393,12 @@ class Conversations:
 
     def _write(self, record: Record, journey: Journey | None) -> None:
         now = self._clock()
-        self._log.write(record.line(now, self._wall()))
+        wall = self._wall()
+        line = record.line(now, wall)
+        self._log.write(line)
+        self._note(line)
         if journey and self._traces and journey.own.sampled and record.key is not None:
-            self._traces.say(journey.spans(record, now, self._wall()))
+            self._traces.say(journey.spans(record, now, wall))
         model = record.model if record.model and self._view.fleet.resolve(record.model) else UNKNOWN
         self._metrics.count(record, model, now)
 

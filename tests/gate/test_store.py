@@ -59,8 +59,8 @@ def test_a_newer_releases_database_is_left_alone(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("priority", list(Priority))
-def test_a_key_keeps_its_priority(tmp_path: Path, priority: Priority) -> None:
-    store = Store(Database(tmp_path))
+def test_a_key_keeps_its_priority(database: Database, priority: Priority) -> None:
+    store = Store(database)
     store.add_key(Key("k", "d", priority=priority))
     assert store.all_keys()[0].priority is priority
     store.change_key("k", lambda key: replace(key, priority=Priority.LOW))
