@@ -1,9 +1,9 @@
 """One request for an answer, from the door to the log.
 
-Its life, in the order of the code: who asks -> what for -> which nodes -> its turn, when one has room -> attempts and
-waits, as the plan says -> written down. The body is read once, for the model's name, the prompt's chain and whether a
-stream is wanted; the bytes themselves go to the node as they came, but for the model's name where the nodes know it by
-another.
+Its life, in the order of the code: who asks -> what for -> which nodes -> what its key may still use -> its turn, when
+one has room -> attempts and waits, as the plan says -> what it used -> written down. The body is read once, for the
+model's name, the prompt's chain and whether a stream is wanted; the bytes themselves go to the node as they came, but
+for the model's name where the nodes know it by another.
 
 Decides nothing about nodes: `core/policy.py` ranks them, `waiting.py` says when to begin and `core/plan.py` whom to ask
 next. Here is what those decisions take: clock, dice, the fleet as it is now, and time to wait.
@@ -19,9 +19,11 @@ from typing import Any
 
 from sanic import HTTPResponse, Request
 
+from llmgate.allowances import Allowance, Allowances
 from llmgate.api.door import Door, request_id
 from llmgate.core import body as bodies
 from llmgate.core import evidence, keys, plan, policy
+from llmgate.core.demand import demand, prompt_tokens, spent
 from llmgate.core.fleet import Begun, Dispatched, Finished, Fleet, Node, Told, View
 from llmgate.core.keys import Key, require_model
 from llmgate.core.plan import Kind, Look, Outcome, Seen, Try, Verdict
@@ -57,16 +59,20 @@ class _Client:
     """The client's connection, as the relay sees it: the status line waits for the first bytes.
 
     node: who began the answer, as the client is told.    begun: the status line is out.
+    at: the node that works on the answer now. A client that asked to be told hears of each one after the first in a
+    comment before its first bytes, where an event ends and another one begins.
     """
 
     def __init__(self, request: Request) -> None:
         self._request = request
         self._response: HTTPResponse | None = None
-        self.node = ""
+        self._tell = request.headers.get(names.TELL) == "node"
+        self._told = ""
+        self.node = self.at = ""
         self.begun = False
 
     async def begin(self, status: int, headers: Mapping[str, str]) -> None:
-        self.begun = True
+        self.begun, self._told = True, self.node
         rest = {name: value for name, value in headers.items() if name != "content-type"}
         response = await self._request.respond(
             status=status, headers=rest | {names.NODE: self.node}, content_type=headers.get("content-type")
@@ -76,6 +82,9 @@ class _Client:
 
     async def send(self, data: bytes) -> None:
         assert self._response is not None, "send before begin"
+        if self._tell and self.at != self._told:
+            self._told = self.at
+            data = b": node %s\n\n" % self.at.encode() + data
         await self._response.send(data)
 
     async def end(self) -> None:
@@ -113,6 +122,7 @@ class Conversations:
         view: View,
         relay: Relay,
         waiting: Waiting,
+        allowances: Allowances,
         request_log: RequestLog,
         note: Callable[[Mapping[str, Any]], None],
         metrics: Metrics,
@@ -123,6 +133,7 @@ class Conversations:
     ) -> None:
         self._settings = settings
         self._door, self._view, self._relay, self._waiting = door, view, relay, waiting
+        self._allowances = allowances
         self._log, self._note, self._metrics, self._traces = request_log, note, metrics, traces
         self._clock, self._wall, self._dice = clock, wall, dice
         self._may_wait = settings.ready_wait_s > 0 and settings.queue_limit > 0
@@ -195,12 +206,25 @@ class Conversations:
             sent=record.arrived,
         )
         talk = _Talk(ask, request.body, choice, exchange, client, record, journey=journey)
+        prompt = prompt_tokens(choice, len(request.body))
+        allowance = await self._allow(key, body, request.path, choice, prompt)
+        request.ctx.rate = allowance.headers
+        turned_away = False
         try:
             verdict = await self._in_turn(talk, priority)
+            turned_away = verdict.error is not None and not record.attempts
         finally:
             record.usage, record.first_content = exchange.usage, exchange.first_content
+            used = spent(exchange.usage, exchange.got(), prompt, allowance.hold)
+            await self._allowances.settle(allowance, used, 0 if turned_away else 1)
         request.ctx.spent = verdict.spent
         return await self._conclude(verdict, talk)
+
+    async def _allow(self, key: Key, body: Mapping[str, Any], path: str, choice: Choice, prompt: int) -> Allowance:
+        """Reserve what the request may use of its key's limits. Raises OverLimit and LimitsUnavailable."""
+        n_ctx = max((candidate.n_ctx for candidate in choice.ranked), default=0)
+        most = self._settings.default_max_tokens
+        return await self._allowances.reserve(key, demand(body, path, prompt, default_max=most, n_ctx=n_ctx))
 
     def _fixed(self) -> Fixed:
         """What would otherwise differ between the nodes that one answer may come from."""
@@ -294,7 +318,7 @@ class Conversations:
 
     async def _try(self, step: Try, talk: _Talk) -> Outcome:
         exchange, record = talk.exchange, talk.record
-        record.node = step.node
+        record.node = talk.client.at = step.node
         if not step.resume:
             talk.client.node = step.node
             record.model = talk.choice.model

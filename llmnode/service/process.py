@@ -16,13 +16,16 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 
 @dataclass(frozen=True)
 class Process:
-    """started: seconds since the epoch.    open_files_limit: 0 where there is none."""
+    """started: whole seconds since the epoch, so that it stays the same when the clock is slewed.
+
+    open_files_limit: 0 where there is none.
+    """
 
     resident_bytes: int
     cpu_seconds: float
     open_files: int
     open_files_limit: int
-    started: float
+    started: int
 
 
 def look(pid: int | None = None) -> Process | None:
@@ -43,5 +46,5 @@ def look(pid: int | None = None) -> Process | None:
         cpu_seconds=(int(fields[11]) + int(fields[12])) / _TICKS,
         open_files=count,
         open_files_limit=int(soft) if soft.isdecimal() else 0,
-        started=time.time() - age,
+        started=round(time.time() - age),
     )
