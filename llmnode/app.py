@@ -47,7 +47,7 @@ from llmnode.engine.loop import Engine, Limits
 from llmnode.engine.pooling import PoolingBackend, PoolingEngine, PoolingEvent, PoolingLimits, PoolingSink
 from llmnode.engine.snapshot import Snapshot
 from llmnode.engine.types import Event, ModelInfo, Sink
-from llmnode.service import spans, tls, traces
+from llmnode.service import lag, spans, tls, traces
 from llmnode.service.confined import Limits as WorkLimits
 from llmnode.service.confined import StartError
 from llmnode.service.connection import Connection
@@ -397,6 +397,7 @@ class Life:
             log.info("no model is set: serving the handbook model, which knows llmrack and nothing else")
         log.info("%s listens on %s port %d", settings.name, settings.host, settings.port)
         self._tasks.append(loop.create_task(self._tell_systemd()))
+        self._tasks.append(loop.create_task(lag.watch(self._serving.metrics.lag.observe)))
         if self._notifier.watchdog_interval_s:
             self._tasks.append(loop.create_task(self._feed_watchdog(self._notifier.watchdog_interval_s)))
         threading.Thread(target=self._load, args=(loop,), name="load", daemon=True).start()
