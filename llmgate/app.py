@@ -131,11 +131,11 @@ class Gate:
         )
 
     async def serve(self, sock: socket.socket) -> None:
-        """Serve on a listening socket until told to end. Raises StoreError before the first request."""
+        """Serve on a listening socket until told to end. Raises StoreError, SettingError before the first request."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._line.fileno(), self._hear)
         loop.add_signal_handler(signal.SIGTERM, self._leave)
-        await self._ledger.open()
+        await self._ledger.open(self._settings.gates)
         chores: list[asyncio.Task[None]] = []
         try:
             self._prober.follow()

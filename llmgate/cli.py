@@ -26,6 +26,7 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from contextlib import closing
 from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
@@ -34,7 +35,19 @@ from typing import TYPE_CHECKING, Any
 from llmgate import settings as configuration
 from llmgate import supervisor
 from llmgate.commands import usage
-from llmgate.commands.place import BAD, NO, NO_STORE, OK, PORT_IN_USE, add_place, database, load, open_store, say
+from llmgate.commands.place import (
+    BAD,
+    NO,
+    NO_STORE,
+    OK,
+    PORT_IN_USE,
+    add_place,
+    become_owner,
+    database,
+    load,
+    open_store,
+    say,
+)
 from llmgate.core import body as bodies
 from llmgate.core import keys
 from llmgate.core.explanation import columns, explain
@@ -42,7 +55,7 @@ from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
 from llmgate.core.policy import USES, Ask
 from llmgate.core.prompt import Prompt
 from llmgate.core.queue import Priority
-from llmgate.database import KeyTaken, StoreError
+from llmgate.database import Database, KeyTaken, StoreError
 from llmgate.line import Line, News, Post
 from llmgate.listener import PortInUse, adopted
 from llmgate.listing import Address, Listing
@@ -247,9 +260,23 @@ def _check(options: argparse.Namespace) -> int:
     settings = load(options).values
     token, nodes, folder = configuration.usable(settings)
     _require_writable(folder)
+    where = configuration.database(settings)
+    if where.shared or (settings.gates > 1 and where.path.exists()):
+        _check_database(where, settings.gates)
     count = len(nodes.addresses)
-    print(f"settings are good: {count} nodes, fleet token {'set' if token else 'not set'}, state in {folder}")
+    shared = f", database {where}" if where.shared else ""
+    print(f"settings are good: {count} nodes, fleet token {'set' if token else 'not set'}, state in {folder}{shared}")
     return OK
+
+
+def _check_database(where: Database, gates: int) -> None:
+    """Raises StoreError, SettingError."""
+    from llmgate.ledger import require_one_truth
+    from llmgate.store import Store
+
+    become_owner(where.folder)
+    with closing(Store(where)) as store:
+        require_one_truth(where, gates, store.all_keys())
 
 
 def _settings(options: argparse.Namespace) -> int:

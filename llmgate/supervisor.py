@@ -31,6 +31,7 @@ import tempfile
 import time
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -440,23 +441,26 @@ def _founded(invocation: Invocation, environ: Mapping[str, str]) -> Estate:
     passed = passed_socket(environ)
     sock = passed or listen(loaded.values)
     # Not left to the workers: when several turn a new database to WAL at once, one may find it locked.
-    _apart(_prepare, configuration.database(loaded.values))
+    _apart(_prepare, configuration.database(loaded.values), loaded.values.gates)
     folder = Path(tempfile.mkdtemp(prefix="llmgate-"))
     held = "" if passed else address(loaded.values)
     return Estate(folder, _edition(invocation, loaded, 1, folder, held, sock), sock, Crew(), {}, again=False)
 
 
-def _prepare(where: Database) -> None:
-    """Make the database, or bring it up to date. Raises StoreError."""
+def _prepare(where: Database, gates: int) -> None:
+    """Make the database, or bring it up to date, and see that what is in it can be served. Raises StoreError,
+    SettingError."""
+    from llmgate.ledger import require_one_truth
     from llmgate.store import Store
 
-    Store(where).close()
+    with closing(Store(where)) as store:
+        require_one_truth(where, gates, store.all_keys())
 
 
-def _apart(work: Callable[[Database], None], where: Database) -> None:
+def _apart(work: Callable[[Database, int], None], where: Database, gates: int) -> None:
     """Do it in a process that ends with it: what it imports would double the memory of this one. Raises as it does."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
-        child.submit(work, where).result()
+        child.submit(work, where, gates).result()
 
 
 def _inherited(environ: dict[str, str]) -> Estate | None:
