@@ -25,6 +25,8 @@ GATHER_S = 0.5
 """How long a row may wait for others, in seconds."""
 LIMIT = 20_000
 """Rows that wait at most, about a kilobyte each."""
+_APART_S = 1e-6
+"""Between the ends of two requests of one worker, at least."""
 _AT_ONCE = 1000
 _AGAIN_S = 1.0
 """How long after a failure it is tried again."""
@@ -57,6 +59,7 @@ class UsageWriter:
         self._batch: list[dict[str, Any]] = []
         self._filled, self._closing = threading.Event(), threading.Event()
         self._noted = self._settled = 0  # each is counted by one thread alone
+        self._last = 0.0
         self._lost = 0
         self._failing = False
         self._thread: threading.Thread | None = None
@@ -71,8 +74,10 @@ class UsageWriter:
         if self.waiting >= self._limit:
             self._drop(1)
             return
+        # With its id it says which request it is, and a client may send the same id again at once.
+        self._last = max(self._wall(), self._last + _APART_S)
         self._noted += 1
-        self._lines.append((self._wall(), line))
+        self._lines.append((self._last, line))
         if not self._filled.is_set():
             self._filled.set()
 
