@@ -50,7 +50,7 @@ from llmgate.commands.place import (
 )
 from llmgate.core import body as bodies
 from llmgate.core import keys
-from llmgate.core.explanation import columns, explain
+from llmgate.core.explanation import as_text, columns, explain
 from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
 from llmgate.core.policy import USES, Ask
 from llmgate.core.prompt import Prompt
@@ -227,7 +227,7 @@ def _work(loaded: Loaded[Settings], post: Post, line: Line) -> None:
     from llmgate.app import Gate
 
     settings = loaded.values
-    logs.setup(settings.log_level, settings.log_format)
+    logs.setup(settings.log_level, settings.log_format, "llmgate")
     if post.place:
         # All workers see the same nodes; one tells.
         logging.getLogger("llmgate.prober").setLevel(logging.ERROR)
@@ -301,8 +301,8 @@ def _explain(options: argparse.Namespace) -> int:
     token = configuration.read_fleet_token(settings)
     fleet = asyncio.run(_ask_all(settings, token, configuration.read_nodes(settings)))
     ask = Ask(_asked(body, fleet), USES[options.path], Prompt(body, options.path), dice=random.getrandbits(64))
-    page, anybody = explain(fleet, ask, 0.0, settings.stale_after_s)
-    return OK if printed(page) and anybody else NO
+    said = explain(fleet, ask, 0.0, settings.stale_after_s)
+    return OK if printed(as_text(said)) and said.anybody else NO
 
 
 def _read_body(path: str) -> dict[str, Any]:

@@ -16,6 +16,10 @@ tokens. A body of a million numbers need not be read for them."""
 NODE = "x-llmrack-node"
 """Response, gate to client: the node that answered."""
 
+TELL = "x-llmrack-tell"
+"""Request, client to gate, value "node": when a stream goes on at another node than the one that `NODE` names, say so
+in a comment, `: node NAME`."""
+
 SHOULD_RETRY = "x-should-retry"
 """Response: "false" once the gate has spent its own retries, so that SDKs do not multiply them."""
 

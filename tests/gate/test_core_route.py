@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from llmgate.core.explanation import explain
+from llmgate.core.explanation import as_json, as_text, explain
 from llmgate.core.fleet import Attempted, Dispatched, Event, Fleet, Lease, Leased, Listed, Lost, Reported
 from llmgate.core.health import Signal
 from llmgate.core.keys import Key
@@ -277,7 +277,8 @@ def test_no_policy_ever_picks_a_node_that_cannot_or_forgets_one_that_can(
 ) -> None:
     made = fleet(*addresses, events=tuple(happened), routes={"tiny": route})
     one = ask(*TURNS[:turns], model=asked, dice=dice, request="id")
-    page, anybody = explain(made, one, NOW, STALE)
+    said = explain(made, one, NOW, STALE)
+    page, anybody = as_text(said), said.anybody
     orders = []
     for policy in POLICIES:
         found = choice(made, one, policy)
@@ -307,9 +308,9 @@ def test_an_explanation_shows_every_figure() -> None:
     made = fleet("a", "b", "c", routes=routes).apply(
         reported("a", held, running=4, wait_s=1.5, queued_prompt_tokens=40)
     )
-    page, anybody = explain(made.apply(Lost("c", "gone", NOW)), ask("word " * 1000, model="nick"), NOW, STALE)
-    lines = page.splitlines()
-    assert anybody
+    said = explain(made.apply(Lost("c", "gone", NOW)), ask("word " * 1000, model="nick"), NOW, STALE)
+    lines = as_text(said).splitlines()
+    assert said.anybody
     assert lines[0] == "model   nick, sent as tiny"
     assert lines[1].startswith("prompt  5010 bytes, 19 blocks, root ")
     assert lines[4].split() == ["a", "ready", "4/4", "1.500", "40", "1253", "1216", "1000", "1", "1.577"]
@@ -320,3 +321,19 @@ def test_an_explanation_shows_every_figure() -> None:
     assert chosen.endswith(
         "prefix (moved): b 0/4 (1.253 s, 0 of 1253 cached), a 4/4 (1.577 s, 1216 of 1253 cached); not c (gone)"
     )
+
+
+def test_an_explanation_says_the_same_to_programs() -> None:
+    held = chain_of("word " * 1000)
+    made = fleet("a", "b", "c").apply(reported("a", held, running=1)).apply(Lost("c", "gone", NOW))
+    said = as_json(explain(made, ask("word " * 1000), NOW, STALE))
+    assert (said["model"], said["policy"], said["prompt"]["blocks"]) == ("tiny", "prefix", 19)
+    assert [(one["node"], one["cached_tokens"], one["cost_seconds"]) for one in said["nodes"]] == [
+        ("a", 1216, 0.037),
+        ("b", 0, 1.253),
+    ]
+    assert said["passed_over"] == [{"node": "c", "state": "unreachable", "why": "gone"}]
+    assert [one["policy"] for one in said["policies"]] == list(POLICIES)
+    assert said["policies"][0]["ranking"] == ["a", "b"]
+    nobody = as_json(explain(Fleet(), ask("Hello"), NOW, STALE))
+    assert nobody["nodes"] == [] and nobody["prompt"] is None
