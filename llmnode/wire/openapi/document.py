@@ -59,6 +59,16 @@ class Operation:
 _NODE, _GATE = frozenset({"node"}), frozenset({"gate"})
 _BOTH = _NODE | _GATE
 _OF_MODEL = (("model", fields.text("Which model; may be left out where only one is served", minLength=1)),)
+_SPAN = tuple(
+    (name, fields.text(f"{what}: a day, a time of ISO 8601, or 7d, 12h, 30m ago"))
+    for name, what in (("since", "From then on"), ("until", "To before then"))
+)
+_CHOSEN = (
+    ("key", fields.text("Of this key alone")),
+    ("model", fields.text("Of this model alone")),
+    ("node", fields.text("Of this node alone")),
+    ("status", fields.text("With this status, like 200, or one of a class, like 5xx")),
+)
 _CHATS, _TEXTS, _VECTORS = "Chats", "Completions", "Embeddings and reranking"
 _TOKENS, _NATIVE, _MODELS, _STATE, _ADMIN = "Tokens", "As llama-server", "Models", "State", "Operators"
 
@@ -111,6 +121,17 @@ OPERATIONS: tuple[Operation, ...] = (
               at=_GATE, also=(409,)),
     Operation("delete", "/admin/nodes/{name}/drain", "undrain", _ADMIN, "Let it have work again", at=_GATE,
               query=(("owner", fields.text("Whose lease it is", minLength=1)),), also=(409,)),
+    Operation("get", "/admin/usage", "usage", _ADMIN, "What was used, added up", at=_GATE,
+              query=(("by", fields.text("Some of key, model, node and day, with commas between")), *_SPAN, *_CHOSEN[:2],
+                     ("format", {"type": "string", "enum": ["json", "csv"]}))),
+    Operation("get", "/admin/requests", "requests", _ADMIN, "What the ledger has of single requests, newest first",
+              at=_GATE, query=(("after", fields.whole("The next ones after this row", 0)),
+                               ("before", fields.whole("Those older than this row", 0)),
+                               ("limit", fields.whole("How many at most", 1, 1000)), *_CHOSEN)),
+    Operation("get", "/admin/requests/events", "requests_events", _ADMIN, "The same, as they end", streams=True,
+              at=_GATE, query=(("after", fields.whole("Begin after this row, not with what ends from now on", 0)),
+                               *_CHOSEN)),
+    Operation("get", "/admin/requests/{name}", "request", _ADMIN, "One of them", at=_GATE),
     Operation("get", "/openapi.json", "openapi", _STATE, "This document", open=_GATE),
     Operation("get", "/docs", "docs", _STATE, "This document as a page", open=_GATE, answer="text/html"),
 )  # fmt: skip
