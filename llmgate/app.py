@@ -32,32 +32,36 @@ from sanic.models.server_types import Signal
 from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
-from llmgate.api import admin, entrance, errors, manual, openai, probes, props
+from llmgate.api import admin, entrance, errors, manual, openai, probes, props, usage
 from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
 from llmgate.core.health import Rules
+from llmgate.database import StoreError
 from llmgate.doorman import Doorman, Taking
 from llmgate.figures import Figures
-from llmgate.ledger import Contents, Ledger, RequestLog, StoreError
+from llmgate.ledger import Ledger
 from llmgate.line import Line, News, Order, Post
 from llmgate.listener import adopted
 from llmgate.listing import Listing
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
+from llmgate.requestlog import RequestLog
 from llmgate.settings import (
     Settings,
     certificate_ends,
+    database,
     door_context,
     door_files,
     is_loopback,
     node_context,
     node_files,
     read_nodes,
-    state_dir,
 )
+from llmgate.store import Contents
+from llmgate.usage import UsageWriter
 from llmgate.waiting import Waiting
 from llmnode.service import tls
 from llmnode.service.connection import Connection
@@ -93,7 +97,7 @@ class Gate:
 
         self._view = View(Fleet(rules=Rules.of(settings)), self._node_moved)
         self._view.apply(Listed(listing.addresses, listing.routes))
-        self._ledger = Ledger(state_dir(settings), self._take_contents, lambda: line.say(News.CHANGED))
+        self._ledger = Ledger(database(settings), self._take_contents, lambda: line.say(News.CHANGED), self._pen())
         self._door = Door(lambda: self._ledger.keyring, require_keys=settings.require_keys)
         # Before the files are read: what changes meanwhile is a change.
         self._shown = tls.Watch(door_files(settings)), tls.Watch(node_files(settings))
@@ -127,6 +131,7 @@ class Gate:
             settings.stale_after_s,
             self._figures,
             self._ends,
+            lambda: self._ledger.unwritten,
         )
         self._connections: set[Connection] = set()
         self._doorman = Doorman(
@@ -140,6 +145,19 @@ class Gate:
         )
         self._request_log = RequestLog(settings.request_log)
 
+    def _pen(self) -> UsageWriter | None:
+        settings = self._settings
+        if not settings.usage:
+            return None
+        # One worker drops for all what has been kept long enough.
+        keep_days = 0 if self._post.place else settings.usage_retention_days
+        return UsageWriter(
+            socket.gethostname(),
+            self._wall,
+            lambda outcome, rows: self._metrics.usage.labels(outcome).inc(rows),
+            keep_days=keep_days,
+        )
+
     async def serve(self, sock: socket.socket) -> None:
         """Serve on a listening socket until told to end. Raises StoreError before the first request."""
         loop = asyncio.get_running_loop()
@@ -150,7 +168,8 @@ class Gate:
         try:
             self._prober.follow()
             await self._prober.first_round(_FIRST_ROUND_S)
-            chores = [asyncio.create_task(self._housekeeping()), asyncio.create_task(self._heartbeat())]
+            works = (self._housekeeping(), self._follow_ledger(), self._heartbeat())
+            chores = [asyncio.create_task(work) for work in works]
             for chore in chores:
                 chore.add_done_callback(self._chore_ended)
             if not self._stop.is_set():
@@ -230,6 +249,7 @@ class Gate:
             relay=self._relay,
             waiting=self._waiting,
             request_log=self._request_log,
+            note=self._ledger.note,
             metrics=self._metrics,
             clock=clock,
             wall=wall,
@@ -259,6 +279,7 @@ class Gate:
                 stale_after_s=stale,
             )
         )
+        app.blueprint(usage.blueprint(door=self._door, ledger=self._ledger, clock=clock, wall=wall))
         app.blueprint(
             probes.blueprint(
                 door=self._door,
@@ -318,25 +339,37 @@ class Gate:
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
-        """Notice what changes without a request: other processes' writes, leases that end, a new nodes file."""
+        """Notice a new nodes file and new certificates, and let the other workers see what is new here."""
         seen = self._nodes_stamp()
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            stamp = self._nodes_stamp()
+            if stamp != seen:
+                seen = stamp
+                self._read_nodes_again()
+            self._renew()
+            self._metrics.publish()
+
+    async def _follow_ledger(self) -> None:
+        """Notice other processes' writes, and leases that end. A server that does not answer may take its time."""
+        failing = False
         while True:
             try:
                 await asyncio.wait_for(self._look.wait(), _HOUSEKEEPING_S)
             except asyncio.TimeoutError:
                 pass
             self._look.clear()
-            stamp = self._nodes_stamp()
-            if stamp != seen:
-                seen = stamp
-                self._read_nodes_again()
             try:
                 await self._ledger.refresh()
                 await self._end_leases()
             except StoreError as error:
-                log.error("%s; going on with what was read before", error)
-            self._renew()
-            self._metrics.publish()
+                if not failing:
+                    log.error("%s; going on with what was read before", error)
+                failing = True
+                continue
+            if failing:
+                log.warning("keys and leases can be read again")
+            failing = False
 
     def _renew(self) -> None:
         """Take new certificates, for connections from now on; bad ones are said once, and change nothing."""
