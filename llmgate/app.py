@@ -208,7 +208,7 @@ class Gate:
         stale = settings.stale_after_s
         app.blueprint(openai.blueprint(conversations, door=self._door, view=self._view, started=wall()))
         app.blueprint(manual.blueprint())
-        app.blueprint(pages.blueprint())
+        app.blueprint(pages.blueprint(require_keys=settings.require_keys))
         app.blueprint(
             props.blueprint(
                 door=self._door,
@@ -303,7 +303,7 @@ class Gate:
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
-        """Notice what changes without a request: other processes' writes, leases that end, a new nodes file. Remember how
+        """Notice what changes without a request: other processes' writes, leases that end, a new nodes file. Note how
         the nodes do."""
         seen = self._nodes_stamp()
         while True:
