@@ -11,7 +11,7 @@ import pytest
 from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, sync_playwright
 
 from tests.conftest import Start, _starter
-from tests.processes import PATIENCE_S
+from tests.processes import PATIENCE_S, Program
 from tests.system.fleet import Fleet, build
 
 CHROMIUM = Path("/usr/bin/chromium")
@@ -94,12 +94,17 @@ def quiet(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Fleet]:
     next(programs, None)
 
 
-@pytest.fixture
-def frail(start: Start, tmp_path: Path) -> Fleet:
-    """One that a test may break."""
-    folder = tmp_path / "fleet"
-    folder.mkdir()
-    return build(folder, start, list(FAKE), ("a", "b"))
+@pytest.fixture(scope="module")
+def frail(start_module: Start, tmp_path_factory: pytest.TempPathFactory) -> Fleet:
+    """One that a test may break, and puts together again (`again`)."""
+    return build(tmp_path_factory.mktemp("fleet"), start_module, list(FAKE), ("a", "b"))
+
+
+def again(start: Start, old: Program) -> Program:
+    """A program that has ended, started anew in its place."""
+    old.wait()
+    at = old.command.index("--port")
+    return start(old.command[2], *old.command[at + 2 :], port=old.port)
 
 
 @pytest.fixture
@@ -108,7 +113,9 @@ def open_console(chromium: Browser) -> Iterator[Open]:
     have complained, of its own scripts or of what its security policy forbids."""
     opened: list[Console] = []
 
-    def open_it(fleet: Fleet, *, key: str = "", page: str = "", size: tuple[int, int] = DESK, **options: Any) -> Console:
+    def open_it(
+        fleet: Fleet, *, key: str = "", page: str = "", size: tuple[int, int] = DESK, **options: Any
+    ) -> Console:
         context = chromium.new_context(viewport={"width": size[0], "height": size[1]}, locale="en-GB", **options)
         if key:
             context.add_init_script(f"sessionStorage.setItem('llmrack.key', {key!r})")
@@ -130,3 +137,15 @@ def dialog(console: Console, title: str) -> Iterator[Locator]:
     expect(box).to_be_visible()
     yield box
     expect(box).to_have_count(0)
+
+
+def playground(open_console: Open, fleet: Fleet, **fields: str) -> Console:
+    """Opened with the most probable answers, and other settings by their labels."""
+    console = open_console(fleet, key=fleet.key, page="playground")
+    for label, value in {"Temperature": "0", "Max tokens": "12", **fields}.items():
+        console.page.get_by_label(label, exact=True).fill(value)
+    return console
+
+
+def words(console: Console, at: int = -1) -> str:
+    return console.turn(at).locator(".words").inner_text()

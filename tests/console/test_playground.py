@@ -4,26 +4,12 @@ from __future__ import annotations
 
 import json
 import re
-import signal
 
-import httpx
 from playwright.sync_api import expect
 
-from tests.console.conftest import LONG, Console, Open, dialog
+from tests.console.conftest import LONG, Open, dialog, playground, words
 from tests.processes import wait_for
 from tests.system.fleet import Fleet
-
-
-def playground(open_console: Open, fleet: Fleet, **fields: str) -> Console:
-    """Opened with the most probable answers, and other settings by their labels."""
-    console = open_console(fleet, key=fleet.key, page="playground")
-    for label, value in {"Temperature": "0", "Max tokens": "12", **fields}.items():
-        console.page.get_by_label(label, exact=True).fill(value)
-    return console
-
-
-def words(console: Console, at: int = -1) -> str:
-    return console.turn(at).locator(".words").inner_text()
 
 
 def test_an_answer_comes_word_by_word_with_what_there_is_to_know(quiet: Fleet, open_console: Open) -> None:
@@ -140,52 +126,3 @@ def test_tools_are_called_and_answered_by_hand_and_schemas_hold(quiet: Fleet, op
     page.get_by_label("JSON schema").fill('{"enum": [["yes", 1]]}')
     console.done(console.ask("Hello"))
     assert json.loads(words(console)) == ["yes", 1]
-
-
-def test_an_answer_goes_on_where_its_node_is_killed_and_the_page_says_so(frail: Fleet, open_console: Open) -> None:
-    console = playground(open_console, frail, **{"Max tokens": "150"})
-    whole = frail.chat(LONG, max_tokens=150, temperature=0).json()["choices"][0]["message"]["content"]
-    assert len(whole) == 150, "LONG must be answered at length"
-    answer = console.ask(LONG)
-    wait_for(lambda: len(answer.locator(".words").inner_text()) > 10, "some words")
-    first = next(name for name, node in frail.view().items() if node["load"]["running"])
-    frail.nodes[first].signal(signal.SIGKILL)
-    other = "b" if first == "a" else "a"
-    console.done(answer)
-    assert words(console) == whole
-    expect(answer.locator(".figures")).to_contain_text(f"node {first} → {other}")
-    expect(answer).to_contain_text(f"The answer went on at {other} where {first} could not.")
-
-
-def test_only_who_asks_for_it_is_told_of_the_nodes(frail: Fleet) -> None:
-    """Other clients get every byte as they always did."""
-    body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 60, "temperature": 0, "stream": True}
-    heard = {}
-    for tell in ("node", None):
-        headers = {"authorization": f"Bearer {frail.key}"} | ({"x-llmrack-tell": tell} if tell else {})
-        url, lines = frail.gate.url + "/v1/chat/completions", []
-        with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as answer:
-            first = answer.headers["x-llmrack-node"]
-            for line in answer.iter_lines():
-                lines.append(line)
-                if len(lines) == 20:
-                    frail.nodes[first].signal(signal.SIGSTOP if tell is None else signal.SIGKILL)
-                    if tell is None:
-                        frail.nodes[first].signal(signal.SIGKILL)
-        heard[tell] = [line for line in lines if line.startswith(":")]
-        assert lines[-2] == "data: [DONE]"
-        if tell:
-            (other,) = {"a", "b"} - {first}
-            assert heard[tell] == [f": node {other}"]
-            frail.nodes[first] = restarted(frail, first)
-    assert heard[None] == []
-
-
-def restarted(fleet: Fleet, name: str) -> object:
-    """A node that was killed, started again where it was."""
-    from tests.processes import Program
-
-    old = fleet.nodes[name]
-    new = Program("llmnode", old.command[3:], old.port, old.log).ready()
-    fleet.usable(len(fleet.nodes))
-    return new

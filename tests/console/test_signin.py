@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
+
 from playwright.sync_api import expect
 
 from tests.console.conftest import Open
@@ -40,16 +43,13 @@ def test_a_users_key_opens_the_playground_and_nothing_else(quiet: Fleet, open_co
     console.done(console.ask("Hello"))
 
 
-def test_a_key_that_is_revoked_leads_back_to_the_question(frail: Fleet, open_console: Open) -> None:
-    state = frail.request_log.parent / "state"
+def test_a_key_that_is_revoked_leads_back_to_the_question(quiet: Fleet, open_console: Open) -> None:
+    state = quiet.request_log.parent / "state"
     key = create_key(state, "guest", "--admin")
-    console = open_console(frail)
+    console = open_console(quiet)
     console.expected = [REFUSED]
     console.sign_in(key)
     expect(console.page.locator(".node")).to_have_count(2)
-    import subprocess
-    import sys
-
     subprocess.run(
         [sys.executable, "-m", "llmgate", "keys", "revoke", "guest", "--state-dir", str(state)], check=True, timeout=60
     )
