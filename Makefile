@@ -26,9 +26,11 @@ demo: $(STAMPS)/run ## two nodes and a gate on this machine; ONCE=1 answers one 
 
 test: $(STAMPS)/all ## every test but what takes long; as root on Debian or Ubuntu the lab of real systemd hosts too
 	@$(LAB) prepare || true
+	@$(BIN)/python -m tests.programs
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not full"
 
 test-fast: $(STAMPS)/all ## every test but the lab's
+	@$(BIN)/python -m tests.programs
 	@$(BIN)/python -m pytest $(PARALLEL) -m "not lab and not full"
 
 lint: $(STAMPS)/all ## ruff, mypy, import-linter, ansible-lint, yamllint
@@ -83,6 +85,7 @@ lab-deploy: $(STAMPS)/all ## deploy llmrack on the lab's hosts, over SSH
 
 lab-full: $(STAMPS)/all ## every test on the lab's hosts, and all that take long (root)
 	@$(LAB) prepare
+	@$(BIN)/python -m tests.programs
 	@$(BIN)/python -m pytest -m "lab or full"
 
 lab-down: $(STAMPS)/all ## remove the lab's hosts

@@ -28,30 +28,34 @@ from sanic import HTTPResponse, Request, Sanic
 from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
-from llmgate.api import admin, errors, manual, openai, pages, probes, props, watch
+from llmgate.api import admin, errors, manual, openai, pages, probes, props, usage, watch
 from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
 from llmgate.core.health import Rules
 from llmgate.core.history import History
+from llmgate.database import StoreError
 from llmgate.figures import Figures
-from llmgate.ledger import Contents, Ledger, RequestLog, StoreError
+from llmgate.ledger import Ledger
 from llmgate.line import Line, News, Order, Post
 from llmgate.listener import BACKLOG
 from llmgate.listing import Listing
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
 from llmgate.relay import Relay
+from llmgate.requestlog import RequestLog
 from llmgate.settings import (
     Settings,
     certificate_ends,
+    database,
     door_context,
     is_loopback,
     node_context,
     read_nodes,
-    state_dir,
 )
+from llmgate.store import Contents
+from llmgate.usage import UsageWriter
 from llmgate.waiting import Waiting
 from llmnode.service.connection import Connection
 from llmnode.service.settings import Loaded, SettingError
@@ -80,7 +84,7 @@ class Gate:
 
         self._view = View(Fleet(rules=Rules.of(settings)), self._node_moved)
         self._view.apply(Listed(listing.addresses, listing.routes))
-        self._ledger = Ledger(state_dir(settings), self._take_contents, lambda: line.say(News.CHANGED))
+        self._ledger = Ledger(database(settings), self._take_contents, lambda: line.say(News.CHANGED), self._pen())
         self._door = Door(lambda: self._ledger.keyring, require_keys=settings.require_keys)
         self._relay = Relay(
             token,
@@ -110,9 +114,23 @@ class Gate:
             settings.stale_after_s,
             self._figures,
             certificate_ends(settings, self._context),
+            lambda: self._ledger.unwritten,
         )
         self._request_log = RequestLog(settings.request_log)
         self._history = History()
+
+    def _pen(self) -> UsageWriter | None:
+        settings = self._settings
+        if not settings.usage:
+            return None
+        # One worker drops for all what has been kept long enough.
+        keep_days = 0 if self._post.place else settings.usage_retention_days
+        return UsageWriter(
+            socket.gethostname(),
+            self._wall,
+            lambda outcome, rows: self._metrics.usage.labels(outcome).inc(rows),
+            keep_days=keep_days,
+        )
 
     async def serve(self, sock: socket.socket) -> None:
         """Serve on a listening socket until told to end. Raises StoreError before the first request."""
@@ -124,7 +142,8 @@ class Gate:
         try:
             self._prober.follow()
             await self._prober.first_round(_FIRST_ROUND_S)
-            chores = [asyncio.create_task(self._housekeeping()), asyncio.create_task(self._heartbeat())]
+            works = (self._housekeeping(), self._follow_ledger(), self._heartbeat())
+            chores = [asyncio.create_task(work) for work in works]
             for chore in chores:
                 chore.add_done_callback(self._chore_ended)
             if not self._stop.is_set():
@@ -200,6 +219,7 @@ class Gate:
             relay=self._relay,
             waiting=self._waiting,
             request_log=self._request_log,
+            note=self._ledger.note,
             metrics=self._metrics,
             clock=clock,
             wall=wall,
@@ -230,6 +250,7 @@ class Gate:
                 stale_after_s=stale,
             )
         )
+        app.blueprint(usage.blueprint(door=self._door, ledger=self._ledger, clock=clock, wall=wall))
         app.blueprint(
             watch.blueprint(
                 door=self._door,
@@ -303,26 +324,37 @@ class Gate:
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
-        """Notice what changes without a request: other processes' writes, leases that end, a new nodes file. Note how
-        the nodes do."""
+        """Notice a new nodes file, let the other workers see what is new here, note how the nodes do."""
         seen = self._nodes_stamp()
+        while True:
+            await asyncio.sleep(_HOUSEKEEPING_S)
+            stamp = self._nodes_stamp()
+            if stamp != seen:
+                seen = stamp
+                self._read_nodes_again()
+            self._metrics.publish()
+            self._remember()
+
+    async def _follow_ledger(self) -> None:
+        """Notice other processes' writes, and leases that end. A server that does not answer may take its time."""
+        failing = False
         while True:
             try:
                 await asyncio.wait_for(self._look.wait(), _HOUSEKEEPING_S)
             except asyncio.TimeoutError:
                 pass
             self._look.clear()
-            stamp = self._nodes_stamp()
-            if stamp != seen:
-                seen = stamp
-                self._read_nodes_again()
             try:
                 await self._ledger.refresh()
                 await self._end_leases()
             except StoreError as error:
-                log.error("%s; going on with what was read before", error)
-            self._metrics.publish()
-            self._remember()
+                if not failing:
+                    log.error("%s; going on with what was read before", error)
+                failing = True
+                continue
+            if failing:
+                log.warning("keys and leases can be read again")
+            failing = False
 
     def _remember(self) -> None:
         wall = self._wall()

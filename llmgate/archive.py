@@ -1,10 +1,11 @@
 """Copies of the gate's database: taken while it is written to, put back while it is served from.
 
-Owns what a copy must be to be put back, and that this happens whole or not at all. Knows no table: `ledger.py` does.
+Owns what a copy must be to be put back, and that this happens whole or not at all. Knows no table: `store.py` does.
 
-Both ways go through SQLite's backup API: a copy is of one moment, whatever is written meanwhile, and what is put back
-replaces the database in one transaction, which running gates notice like any other change. What was there before stays
-beside it as llmgate.db.before-restore.
+A copy is a SQLite file, whichever database it is of, so that one made here can be put back there. It is of one moment,
+whatever is written meanwhile. What is put back replaces keys and leases in one transaction, which running gates notice
+like any other change. Usage is what has happened: of that, a copy brings back what is missing and takes nothing away.
+What was there before stays in the state folder as llmgate.db.before-restore.
 """
 
 from __future__ import annotations
@@ -16,7 +17,8 @@ from collections.abc import Iterator
 from contextlib import closing, contextmanager
 from pathlib import Path
 
-from llmgate.ledger import FILE, SCHEMA_VERSION, Store, StoreError
+from llmgate.database import FILE, Database, StoreError
+from llmgate.store import SCHEMA_VERSION, Store
 
 _BUSY_S = 5.0
 _TABLES = {"keys", "leases"}
@@ -26,42 +28,42 @@ class NotOurs(Exception):
     """The file cannot be put back; the message names it and says why."""
 
 
-def backup(folder: Path, to: Path) -> None:
-    """Write a copy of the database of `folder` to `to`, mode 0600. Raises StoreError."""
-    source = folder / FILE
-    if not source.exists():
-        raise StoreError(f"there is no {source}: nothing to copy")
+def backup(where: Database, to: Path) -> None:
+    """Write a copy of the database to `to`, mode 0600. Raises StoreError."""
+    if not where.shared and not where.path.exists():
+        raise StoreError(f"there is no {where.path}: nothing to copy")
     try:
-        _copy(source, to)
+        if not where.shared:
+            _copy(where.path, to)
+            return
+        with _draft(to.absolute().parent) as draft, closing(Store(where)) as store:
+            with closing(Store(draft)) as copy:
+                copy.take_all(store)
+            _copy(draft.path, to)
     except (OSError, sqlite3.Error) as error:
-        raise StoreError(f"cannot copy {source} to {to}: {error}") from error
+        raise StoreError(f"cannot copy {where} to {to}: {error}") from error
 
 
-def restore(copy: Path, folder: Path, *, check: bool = False) -> bool:
-    """Put a copy back into `folder`; whether that changes anything. With `check` it only says so.
+def restore(copy: Path, where: Database, *, check: bool = False) -> bool:
+    """Put a copy back; whether that changes anything. With `check` it only says so.
 
     Raises NotOurs for a file that is no whole database of this gate's schema or an older one, StoreError.
     """
     _judge(copy)
-    target = folder / FILE
+    if check and not where.shared and not where.path.exists():
+        return True
     try:
-        with _draft(folder if folder.exists() else copy.parent) as draft:
-            _copy(copy, draft / FILE)
-            Store(draft).close()  # brings an older schema up to date
-            if target.exists() and _contents(target) == _contents(draft / FILE):
-                return False
-            if check:
-                return True
-            Store(folder).close()
-            _copy(target, target.with_suffix(".db.before-restore"))
-            with (
-                closing(sqlite3.connect(draft / FILE)) as new,
-                closing(sqlite3.connect(target, timeout=_BUSY_S)) as old,
-            ):
-                new.backup(old)
+        with _draft(where.folder if where.folder.exists() else copy.absolute().parent) as draft:
+            _copy(copy, draft.path)
+            with closing(Store(draft)) as new, closing(Store(where)) as store:
+                changes = store.put_back(new, check=True)
+                if changes and not check:
+                    where.folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                    backup(where, where.folder / f"{FILE}.before-restore")
+                    store.put_back(new)
+                return changes
     except (OSError, sqlite3.Error) as error:
-        raise StoreError(f"cannot put {copy} back into {target}: {error}") from error
-    return True
+        raise StoreError(f"cannot put {copy} back into {where}: {error}") from error
 
 
 def _judge(copy: Path) -> None:
@@ -99,13 +101,8 @@ def _copy(source: Path, to: Path) -> None:
         draft.unlink(missing_ok=True)
 
 
-def _contents(database: Path) -> list[str]:
-    with closing(sqlite3.connect(database, timeout=_BUSY_S)) as opened:
-        return list(opened.iterdump())
-
-
 @contextmanager
-def _draft(beside: Path) -> Iterator[Path]:
+def _draft(beside: Path) -> Iterator[Database]:
     """A folder that is gone afterwards, on the same disk and with the same owner as the database."""
     with tempfile.TemporaryDirectory(prefix=".restore-", dir=beside) as folder:
-        yield Path(folder)
+        yield Database(Path(folder))

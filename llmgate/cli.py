@@ -1,6 +1,6 @@
 """The command line of the gate.
 
-    llmgate serve | check | settings | nodes | explain | keys create|list|revoke | backup | restore | demo
+    llmgate serve | check | settings | nodes | explain | keys create|list|revoke | usage | backup | restore | demo
 
 Exit codes: 0 done; 1 the answer is no (`nodes`: one is not ready; `explain`: none can take the request; `keys`: no such
 key, or the name is taken; `restore`: the file cannot be put back); 2 bad configuration or arguments; 4 the port is in
@@ -26,12 +26,15 @@ import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from datetime import datetime, timezone
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from llmgate import archive, supervisor
 from llmgate import settings as configuration
+from llmgate import supervisor
+from llmgate.commands import usage
+from llmgate.commands.place import BAD, NO, NO_STORE, OK, PORT_IN_USE, add_place, database, load, open_store, say
 from llmgate.core import body as bodies
 from llmgate.core import keys
 from llmgate.core.explanation import as_text, columns, explain
@@ -39,7 +42,7 @@ from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
 from llmgate.core.policy import USES, Ask
 from llmgate.core.prompt import Prompt
 from llmgate.core.queue import Priority
-from llmgate.ledger import KeyTaken, Store, StoreError
+from llmgate.database import KeyTaken, StoreError
 from llmgate.line import Line, News, Post
 from llmgate.listener import PortInUse, adopted
 from llmgate.listing import Address, Listing
@@ -49,7 +52,9 @@ from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown, printed
 from llmnode.wire.node import Report
 
-OK, NO, BAD, PORT_IN_USE, NO_STORE = 0, 1, 2, 4, 5
+if TYPE_CHECKING:
+    from llmgate.store import Store
+
 _LOOK_AFTER = 10_000
 """New objects after which a worker looks for garbage in cycles. After Python's own 700 it looks through the objects of
 all requests under way every few requests, which was a twentieth of the processor time that a request takes."""
@@ -62,11 +67,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
     try:
         return command(options)
     except SettingError as error:
-        return _say(BAD, str(error))
+        return say(BAD, str(error))
     except StoreError as error:
-        return _say(NO_STORE, str(error))
+        return say(NO_STORE, str(error))
     except PortInUse as error:
-        return _say(PORT_IN_USE, str(error))
+        return say(PORT_IN_USE, str(error))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -105,13 +110,18 @@ def _parser() -> argparse.ArgumentParser:
         add("explain", _explain, "Show which node each policy would choose for a request, and by which figures.")
     )
     _add_keys(add("keys", None, "Create, list and revoke API keys."))
+    usage.add(add("usage", usage.run, "Show what was used: requests and tokens by key, model, node and day."))
     for name, run, text in (
-        ("backup", _backup, "Copy keys and drain leases to a file, also while the gate runs."),
-        ("restore", _restore, "Put such a copy back, also while the gate runs; it replaces all keys and leases."),
+        ("backup", _backup, "Copy keys, drain leases and usage to a file, also while the gate runs."),
+        (
+            "restore",
+            _restore,
+            "Put such a copy back, also while the gate runs; it replaces all keys and leases, and adds missing usage.",
+        ),
     ):
         copying = add(name, run, text)
         copying.add_argument("file", type=Path, metavar="FILE")
-        _add_place(copying)
+        add_place(copying)
         if name == "restore":
             copying.add_argument("--check", action="store_true", help="only say whether it would change anything")
     demo_parser = add(
@@ -177,12 +187,7 @@ def _add_keys(parser: argparse.ArgumentParser) -> None:
     revoke.add_argument("name")
     revoke.set_defaults(command=_keys_revoke)
     for sub in (create, show, revoke):
-        _add_place(sub)
-
-
-def _add_place(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--config", metavar="FILE", help="the gate's TOML file")
-    parser.add_argument("--state-dir", metavar="DIR", help="folder with llmgate.db")
+        add_place(sub)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -196,7 +201,7 @@ def _worker(options: argparse.Namespace) -> int:
     post = Post.parse(options.post)
     line = Line(adopted(post.line_fd))
     try:
-        _work(_load(options), post, line)
+        _work(load(options), post, line)
     except (SettingError, StoreError) as error:
         line.say(News.FAILED, why=str(error))
         raise
@@ -239,7 +244,7 @@ def _raise_file_limit() -> None:
 
 
 def _check(options: argparse.Namespace) -> int:
-    settings = _load(options).values
+    settings = load(options).values
     token, nodes, folder = configuration.usable(settings)
     _require_writable(folder)
     count = len(nodes.addresses)
@@ -248,11 +253,11 @@ def _check(options: argparse.Namespace) -> int:
 
 
 def _settings(options: argparse.Namespace) -> int:
-    return OK if printed(markdown(Settings, PREFIX) if options.markdown else listing(_load(options), PREFIX)) else NO
+    return OK if printed(markdown(Settings, PREFIX) if options.markdown else listing(load(options), PREFIX)) else NO
 
 
 def _nodes(options: argparse.Namespace) -> int:
-    settings = _load(options).values
+    settings = load(options).values
     logs.setup("warning")
     token = configuration.read_fleet_token(settings)
     fleet = asyncio.run(_ask_all(settings, token, configuration.read_nodes(settings)))
@@ -264,7 +269,7 @@ def _nodes(options: argparse.Namespace) -> int:
 
 def _explain(options: argparse.Namespace) -> int:
     body = _read_body(options.body)
-    settings = _load(options).values
+    settings = load(options).values
     logs.setup("warning")
     token = configuration.read_fleet_token(settings)
     fleet = asyncio.run(_ask_all(settings, token, configuration.read_nodes(settings)))
@@ -334,9 +339,9 @@ def _row(node: Node) -> tuple[str, ...]:
 
 def _demo(options: argparse.Namespace) -> int:
     if options.nodes < 1:
-        return _say(BAD, f"--nodes must be at least 1, got {options.nodes}")
+        return say(BAD, f"--nodes must be at least 1, got {options.nodes}")
     if options.model and not options.model.is_file():
-        return _say(BAD, f"there is no model at {options.model}")
+        return say(BAD, f"there is no model at {options.model}")
     from llmgate import demo
 
     return demo.run(options.model, nodes=options.nodes, once=options.once, question=options.question)
@@ -352,8 +357,8 @@ def _keys_create(options: argparse.Namespace) -> int:
             else keys.make_secret(secrets.token_bytes(keys.SECRET_BYTES))
         )
     except ValueError as error:
-        return _say(BAD, str(error))
-    store = _open_store(options)
+        return say(BAD, str(error))
+    store = open_store(options)
     try:
         key = keys.Key(
             name,
@@ -372,22 +377,20 @@ def _create(store: Store, options: argparse.Namespace, key: keys.Key, secret: st
     held = next((k for k in store.all_keys() if k.name == key.name and k.revoked is None), None)
     same = held is not None and (options.from_file is None or held.digest == key.digest)
     if held and options.if_absent and same:
-        if (held.admin, held.models, held.priority) == (key.admin, key.models, key.priority):
-            print("unchanged")
-            return OK
-        store.set_rights(key.name, admin=key.admin, models=key.models, priority=key.priority)
-        print("updated")
+        wanted = replace(held, admin=key.admin, models=key.models, priority=key.priority)
+        store.change_key(key.name, lambda _: wanted)
+        print("unchanged" if wanted == held else "updated")
         return OK
     try:
         store.add_key(key)
     except KeyTaken as error:
-        return _say(NO, f"cannot create the key {key.name}: {error}; revoke it first, or choose another")
+        return say(NO, f"cannot create the key {key.name}: {error}; revoke it first, or choose another")
     print("created" if options.from_file else secret)
     return OK
 
 
 def _keys_list(options: argparse.Namespace) -> int:
-    store = _open_store(options)
+    store = open_store(options)
     try:
         held = store.all_keys()
     finally:
@@ -404,32 +407,32 @@ def _keys_list(options: argparse.Namespace) -> int:
 
 
 def _keys_revoke(options: argparse.Namespace) -> int:
-    store = _open_store(options)
+    store = open_store(options)
     try:
         done = store.revoke_key(options.name, time.time())
     finally:
         store.close()
     if not done:
-        return _say(NO, f"there is no live key named {options.name!r}")
+        return say(NO, f"there is no live key named {options.name!r}")
     print("revoked")
     return OK
 
 
 def _backup(options: argparse.Namespace) -> int:
-    folder = configuration.state_dir(_load(options).values)
-    _become_owner(folder)
-    archive.backup(folder, options.file)
+    from llmgate import archive
+
+    archive.backup(database(options), options.file)
     print("written")
     return OK
 
 
 def _restore(options: argparse.Namespace) -> int:
-    folder = configuration.state_dir(_load(options).values)
-    _become_owner(folder)
+    from llmgate import archive
+
     try:
-        changed = archive.restore(options.file, folder, check=options.check)
+        changed = archive.restore(options.file, database(options), check=options.check)
     except archive.NotOurs as error:
-        return _say(NO, str(error))
+        return say(NO, str(error))
     print(("would be restored" if options.check else "restored") if changed else "unchanged")
     return OK
 
@@ -459,31 +462,8 @@ def _secret_from(path: Path) -> str:
         raise ValueError(f"{path} is not text") from None
 
 
-def _open_store(options: argparse.Namespace) -> Store:
-    folder = configuration.state_dir(_load(options).values)
-    _become_owner(folder)
-    return Store(folder)
-
-
-def _become_owner(folder: Path) -> None:
-    """As root, act as the folder's owner, or the gate could not write to files that were made here."""
-    if os.geteuid() == 0 and folder.exists() and folder.stat().st_uid != 0:
-        owner = folder.stat()
-        os.setegid(owner.st_gid)
-        os.seteuid(owner.st_uid)
-
-
 def _require_writable(folder: Path) -> None:
     """Raise SettingError unless the folder, or the nearest parent that exists, can be written."""
     nearest = next(p for p in (folder, *folder.absolute().parents) if p.exists())
     if not nearest.is_dir() or not os.access(nearest, os.W_OK | os.X_OK):
         raise SettingError(f"state_dir {folder} cannot be written")
-
-
-def _load(options: argparse.Namespace) -> Loaded[Settings]:
-    return configuration.read({k: v for k, v in vars(options).items() if v is None or isinstance(v, str)})
-
-
-def _say(code: int, message: str) -> int:
-    print(f"llmgate: {message}", file=sys.stderr)
-    return code

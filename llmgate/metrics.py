@@ -26,6 +26,7 @@ _QUEUE_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100,
 UNKNOWN = "unknown"
 _IN_FLIGHT = "llmgate_in_flight"
 _QUEUE_LENGTH = "llmgate_queue_length"
+_USAGE_WAITING = "llmgate_usage_rows_waiting"
 
 
 class Metrics:
@@ -43,10 +44,12 @@ class Metrics:
         stale_after_s: float,
         figures: Figures | None = None,
         certificate_ends: Mapping[str, float | None] | None = None,
+        unwritten: Callable[[], int] = lambda: 0,
     ) -> None:
         """`waiting`: how many requests wait for a node, by model. With `figures`, /metrics shows what all workers have
-        counted together. `certificate_ends`: whom this gate shows a certificate -> when that ends, in Unix time."""
-        self._fleet, self._waiting, self._figures = fleet, waiting, figures
+        counted together. `certificate_ends`: whom this gate shows a certificate -> when that ends, in Unix time.
+        `unwritten`: rows of usage that this worker has still to write."""
+        self._fleet, self._waiting, self._figures, self._unwritten = fleet, waiting, figures, unwritten
         self.registry = CollectorRegistry()
         self.requests = Counter("llmgate_requests", "Requests answered", ["model", "status"], registry=self.registry)
         self.tokens = Counter(
@@ -110,7 +113,12 @@ class Metrics:
             ["model", "reason"],
             registry=self.registry,
         )
-        self._gauges = _Gauges(fleet, self.in_flight, self.waiting, clock, stale_after_s, certificate_ends or {})
+        self.usage = Counter("llmgate_usage_rows", "Requests for the usage ledger", ["outcome"], registry=self.registry)
+        for outcome in ("written", "dropped"):
+            self.usage.labels(outcome)
+        self._gauges = _Gauges(
+            fleet, self.in_flight, self.waiting, self.unwritten, clock, stale_after_s, certificate_ends or {}
+        )
 
     def text(self) -> bytes:
         """The scrape, in Prometheus' text format."""
@@ -130,11 +138,17 @@ class Metrics:
         own = self._waiting()
         return {model: own.get(model, 0) + int(others.get(model, 0)) for model in {*own, *others}}
 
+    def unwritten(self) -> int:
+        """Rows of usage that are still to be written, of all workers."""
+        others = self._figures.others(_USAGE_WAITING) if self._figures else {}
+        return self._unwritten() + int(sum(others.values()))
+
     def publish(self) -> None:
         """Let the other workers see what only this one knows."""
         if self._figures:
             running = {node.name: node.in_flight for node in self._fleet().nodes.values() if node.in_flight}
-            self._figures.publish({_IN_FLIGHT: running, _QUEUE_LENGTH: dict(self._waiting())})
+            rows = {"rows": self._unwritten()}
+            self._figures.publish({_IN_FLIGHT: running, _QUEUE_LENGTH: dict(self._waiting()), _USAGE_WAITING: rows})
 
 
 class _Gauges:
@@ -143,11 +157,12 @@ class _Gauges:
         fleet: Callable[[], Fleet],
         in_flight: Callable[[], dict[str, int]],
         waiting: Callable[[], Mapping[str, int]],
+        unwritten: Callable[[], int],
         clock: Callable[[], float],
         stale_after_s: float,
         certificate_ends: Mapping[str, float | None],
     ) -> None:
-        self._fleet, self._in_flight, self._waiting = fleet, in_flight, waiting
+        self._fleet, self._in_flight, self._waiting, self._unwritten = fleet, in_flight, waiting, unwritten
         self._clock, self._stale_after_s = clock, stale_after_s
         self._certificate_ends = certificate_ends
 
@@ -186,6 +201,7 @@ class _Gauges:
         for to, moment in self._certificate_ends.items():
             if moment is not None:
                 certificates.add_metric([to], moment)
+        yield GaugeMetricFamily(_USAGE_WAITING, "Requests not in the usage ledger yet", value=self._unwritten())
         yield certificates
         yield usable
         yield in_flight

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmgate import listing
+from llmgate.database import Database, check_url
 from llmgate.listing import Listing
 from llmnode.service import tls
 from llmnode.service.settings import Loaded, SettingError, load, setting
@@ -40,7 +41,10 @@ class Settings:
     nodes_file: Path | None = setting(
         None, "TOML file with the [[nodes]] and the rules of [models]; re-read when it changes"
     )
-    state_dir: Path | None = setting(None, "folder for llmgate.db (keys, drain leases); made when it is missing")
+    state_dir: Path | None = setting(None, "folder for llmgate.db (keys, drain leases, usage); made when it is missing")
+    database_url_file: Path | None = setting(
+        None, "file whose first line is postgresql://USER:PASSWORD@HOST/NAME, to keep those there instead"
+    )
     fleet_token_file: Path | None = setting(
         None, "file whose first line is the secret shown to nodes; without it, none is shown"
     )
@@ -97,6 +101,13 @@ class Settings:
     drain_seconds: float = setting(60.0, "on SIGTERM, how long running requests may go on", unit="seconds", minimum=0)
     body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)
     require_keys: bool = setting(True, "refuse requests without an API key; the admin API always wants an admin key")
+    usage: bool = setting(True, "keep what each request used in the database, for reports and budgets")
+    usage_retention_days: int = setting(
+        90, "days after which that is dropped; 0 keeps it for ever", unit="days", minimum=0, maximum=36_500
+    )
+    gates: int = setting(
+        1, "gates that share keys and their limits; more than one need one database", minimum=1, maximum=1000
+    )
     request_log: str = setting("-", "file for one JSON line a request; - is standard output")
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "log lines for people or machines", choices=("text", "json"))
@@ -111,6 +122,7 @@ def usable(settings: Settings) -> tuple[str, Listing, Path]:
     """What a start reads from the files that the settings name: the fleet token, the nodes, the state folder; and the
     certificates, which are only tried. Raises SettingError."""
     found = read_fleet_token(settings), read_nodes(settings), state_dir(settings)
+    database(settings)
     door_context(settings)
     node_context(settings)
     return found
@@ -138,6 +150,22 @@ def state_dir(settings: Settings) -> Path:
     if settings.state_dir is None:
         raise SettingError("state_dir is not set: name the folder that keeps llmgate.db (--state-dir)")
     return settings.state_dir
+
+
+def database(settings: Settings) -> Database:
+    """Where keys, drain leases and usage are kept. Raises SettingError, which never repeats the URL."""
+    folder, path = state_dir(settings), settings.database_url_file
+    if path is None:
+        return Database(folder)
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+        return Database(folder, check_url(lines[0].strip() if lines else ""))
+    except OSError as error:
+        raise SettingError(f"cannot read the database URL file {path}: {error.strerror}") from error
+    except UnicodeDecodeError:
+        raise SettingError(f"cannot read the database URL file {path}: it is not text") from None
+    except ValueError as error:
+        raise SettingError(f"database URL file {path}: its first line cannot be used: {error}") from None
 
 
 def read_nodes(settings: Settings) -> Listing:

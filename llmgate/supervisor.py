@@ -21,6 +21,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import logging
+import multiprocessing
 import os
 import selectors
 import shutil
@@ -28,7 +29,8 @@ import signal
 import socket
 import tempfile
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -37,7 +39,7 @@ from llmgate import figures, line
 from llmgate import settings as configuration
 from llmgate.core import crew as rules
 from llmgate.core.crew import Crew, Generation, State, Vacancy, Worker
-from llmgate.ledger import Store
+from llmgate.database import Database
 from llmgate.line import Line, News, Post
 from llmgate.listener import PortInUse, address, adopted, inheritable, listen, passed_socket
 from llmgate.settings import Settings
@@ -438,10 +440,23 @@ def _founded(invocation: Invocation, environ: Mapping[str, str]) -> Estate:
     passed = passed_socket(environ)
     sock = passed or listen(loaded.values)
     # Not left to the workers: when several turn a new database to WAL at once, one may find it locked.
-    Store(configuration.state_dir(loaded.values)).close()
+    _apart(_prepare, configuration.database(loaded.values))
     folder = Path(tempfile.mkdtemp(prefix="llmgate-"))
     held = "" if passed else address(loaded.values)
     return Estate(folder, _edition(invocation, loaded, 1, folder, held, sock), sock, Crew(), {}, again=False)
+
+
+def _prepare(where: Database) -> None:
+    """Make the database, or bring it up to date. Raises StoreError."""
+    from llmgate.store import Store
+
+    Store(where).close()
+
+
+def _apart(work: Callable[[Database], None], where: Database) -> None:
+    """Do it in a process that ends with it: what it imports would double the memory of this one. Raises as it does."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as child:
+        child.submit(work, where).result()
 
 
 def _inherited(environ: dict[str, str]) -> Estate | None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from tests import tiny_model as recipe
+from tests.databases import database, postgres, redis_server  # noqa: F401  (fixtures)
 from tests.processes import Program, free_port
 
 Start = Callable[..., Program]

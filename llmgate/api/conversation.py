@@ -31,9 +31,9 @@ from llmgate.core.prompt import Prompt
 from llmgate.core.queue import Priority
 from llmgate.core.record import Record
 from llmgate.core.seats import Seat, heirs, origin_of, seats
-from llmgate.ledger import RequestLog
 from llmgate.metrics import UNKNOWN, Metrics
 from llmgate.relay import Exchange, Relay, Whole
+from llmgate.requestlog import RequestLog
 from llmgate.settings import Settings
 from llmgate.waiting import NobodyReady, Turn, TurnedAway, Visit, Waiting
 from llmnode.wire import dialect
@@ -106,7 +106,7 @@ class _Talk:
 
 
 class Conversations:
-    """Carries requests from the door to the log. `dice`: 64 random bits each time."""
+    """Carries requests from the door to the log. `dice`: 64 random bits each time. `note` takes what the log takes."""
 
     def __init__(
         self,
@@ -117,6 +117,7 @@ class Conversations:
         relay: Relay,
         waiting: Waiting,
         request_log: RequestLog,
+        note: Callable[[Mapping[str, Any]], None],
         metrics: Metrics,
         clock: Callable[[], float],
         wall: Callable[[], float],
@@ -124,7 +125,7 @@ class Conversations:
     ) -> None:
         self._settings = settings
         self._door, self._view, self._relay, self._waiting = door, view, relay, waiting
-        self._log, self._metrics = request_log, metrics
+        self._log, self._note, self._metrics = request_log, note, metrics
         self._clock, self._wall, self._dice = clock, wall, dice
         self._may_wait = settings.ready_wait_s > 0 and settings.queue_limit > 0
 
@@ -282,8 +283,11 @@ class Conversations:
         if not step.resume:
             talk.client.node = step.node
             record.model = talk.choice.model
+        began = self._clock()
         outcome = await self._attempt(step, talk)
-        record.attempt(step.node, outcome, resume=step.resume, ids=exchange.committed.size)
+        record.attempt(
+            step.node, outcome, began=began, now=self._clock(), resume=step.resume, ids=exchange.committed.size
+        )
         self._metrics.attempts.labels(step.node, outcome.kind.value).inc()
         if step.resume:
             self._metrics.resumes.labels(record.model, outcome.kind.value).inc()
@@ -364,7 +368,9 @@ class Conversations:
 
     def _write(self, record: Record) -> None:
         now = self._clock()
-        self._log.write(record.line(now, self._wall()))
+        line = record.line(now, self._wall())
+        self._log.write(line)
+        self._note(line)
         model = record.model if record.model and self._view.fleet.resolve(record.model) else UNKNOWN
         self._metrics.requests.labels(model, str(record.status)).inc()
         self._metrics.duration.labels(model).observe(now - record.arrived)

@@ -10,6 +10,7 @@ from sanic.exceptions import SanicException
 from sanic.response import BaseHTTPResponse, json
 
 from llmgate.api.door import request_id
+from llmgate.database import StoreError
 from llmnode.wire import dialect
 from llmnode.wire import headers as names
 from llmnode.wire.errors import (
@@ -24,12 +25,19 @@ from llmnode.wire.errors import (
 
 log = logging.getLogger("llmgate.api")
 
+_DATABASE_RETRY_S = 5.0
+
 
 def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
     """Give the app its error handlers and the request id header."""
 
     async def known(request: Request, error: ApiError) -> HTTPResponse:
         return response(request, error)
+
+    async def unstored(request: Request, error: StoreError) -> HTTPResponse:
+        log.error("request %s: %s", request_id(request), error)
+        message = "the gate's database cannot be used now; its log has the reason"
+        return response(request, Overloaded(message, code="database_unavailable", retry_after=_DATABASE_RETRY_S))
 
     async def framework(request: Request, error: SanicException) -> HTTPResponse:
         return response(request, translate(error, request, body_limit_bytes))
@@ -45,6 +53,7 @@ def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
 
     app.error_handler.add(ApiError, known)
     app.error_handler.add(SanicException, framework)
+    app.error_handler.add(StoreError, unstored)
     app.error_handler.add(Exception, unknown)
     app.register_middleware(stamp, "response")
 

@@ -12,6 +12,7 @@ import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 
+from llmgate.core.limits import NO_LIMITS, Limits
 from llmgate.core.queue import Priority
 from llmnode.wire import headers as names
 from llmnode.wire.errors import Forbidden, InvalidRequest, Unauthorized
@@ -28,7 +29,8 @@ _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._@-]{0,63}")
 class Key:
     """One API key as stored. `models` empty means all of them; times in seconds since the epoch.
 
-    priority: of its requests, where they do not ask for a lower one.
+    priority: of its requests, where they do not ask for a lower one.    owner: who answers for it; free text, at most
+    200 characters.
     """
 
     name: str
@@ -38,6 +40,9 @@ class Key:
     created: float = 0.0
     revoked: float | None = None
     priority: Priority = Priority.NORMAL
+    owner: str = ""
+    expires: float | None = None
+    limits: Limits = NO_LIMITS
 
     def may_use(self, *names: str) -> bool:
         """Whether the key's list has one of the names (a model's id, or the alias it was asked by)."""

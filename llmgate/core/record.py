@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
-from llmgate.core.plan import Outcome
+from llmgate.core.plan import Kind, Outcome
 from llmnode.wire.node import Usage
 
 MOST_ATTEMPTS = 50
@@ -22,6 +22,7 @@ class Record:
     queued: how long it waited for a node with room; None when it did not get that far.
     predicted: prompt tokens that the last node tried was thought to hold.
     first_content: when the client, or the gate for an answer that is not streamed, got the first of it.
+    resumed: how many nodes went on with what others had begun, as far as they got.
     """
 
     id: str
@@ -39,12 +40,15 @@ class Record:
     attempts: list[dict[str, Any]] = field(default_factory=list)
     usage: Usage | None = None
     first_content: float | None = None
+    resumed: int = 0
 
-    def attempt(self, node: str, outcome: Outcome, *, resume: bool, ids: int) -> None:
+    def attempt(self, node: str, outcome: Outcome, *, began: float, now: float, resume: bool, ids: int) -> None:
         """Note what came of a node. `ids`: token ids that are committed after it, of all attempts."""
-        tried: dict[str, Any] = {"node": node, "outcome": str(outcome)}
+        offset, took = round(began - self.arrived, 4), round(now - began, 4)
+        tried: dict[str, Any] = {"node": node, "outcome": str(outcome), "at": offset, "seconds": took}
         if resume:
             tried["resume"] = True
+            self.resumed += outcome.kind not in (Kind.UNREACHABLE, Kind.REFUSED)
         if ids:
             tried["ids"] = ids
         if outcome.detail:
@@ -75,5 +79,6 @@ class Record:
             "queued_seconds": None if self.queued is None else round(self.queued, 4),
             "duration_seconds": round(now - self.arrived, 4),
             "attempts": self.attempts,
+            "resumed": self.resumed,
             "route": self.route,
         }

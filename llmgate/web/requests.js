@@ -81,8 +81,8 @@ export function requestsPage(gate) {
   }
 
   function join(more) {
-    const have = new Set(rows.map((row) => row.request_id + row.at));
-    rows = [...more.filter((row) => !have.has(row.request_id + row.at)), ...rows].sort((a, b) => b.at - a.at).slice(0, MOST);
+    const have = new Set(rows.map((row) => row.id));
+    rows = [...more.filter((row) => !have.has(row.id)), ...rows].sort((a, b) => b.id - a.id).slice(0, MOST);
   }
 
   function draw() {
@@ -102,8 +102,8 @@ export function requestsPage(gate) {
     }
     if (content.firstChild !== table) fill(content, table);
     const longest = Math.max(...seen.map((row) => row.duration_seconds ?? 0));
-    keep(list, known, seen, (row) => row.request_id + row.at, line, head);
-    for (const row of seen) known.get(row.request_id + row.at).scale(longest);
+    keep(list, known, seen, (row) => row.id, line, head);
+    for (const row of seen) known.get(row.id).scale(longest);
   }
 
   function clear() {

@@ -32,9 +32,16 @@ class GateUnderTest:
         self.state = folder / "state"
         self.log_file = folder / "requests.jsonl"
         self.secret = ""
+        self.place: tuple[str, ...] = ("--state-dir", str(self.state))
         self.environ: dict[str, str] = {}
         self.program: Program | None = None
         self._start = start
+
+    def keep_in(self, url: str) -> None:
+        """Keep keys, leases and usage in this PostgreSQL database."""
+        path = self.folder / "database-url"
+        path.write_text(f"{url}\n")
+        self.place += ("--database-url-file", str(path))
 
     def list_nodes(self, *nodes: Any, models: str = LEAST_LOADED) -> None:
         """Write the nodes file, as a deployment does: whole, then moved into place."""
@@ -46,7 +53,7 @@ class GateUnderTest:
     def cli(self, *arguments: str, said: str = "") -> subprocess.CompletedProcess[str]:
         """Run one llmgate command on this gate's state, with `said` on its standard input."""
         return subprocess.run(
-            [sys.executable, "-m", "llmgate", *arguments, "--state-dir", str(self.state)],
+            [sys.executable, "-m", "llmgate", *arguments, *self.place],
             input=said,
             capture_output=True,
             text=True,
@@ -63,7 +70,7 @@ class GateUnderTest:
         self.secret = self.secret or self.create_key("tester", "--admin")
         self.program = self._start(
             "llmgate",
-            *("--nodes-file", str(self.nodes_file), "--state-dir", str(self.state)),
+            *("--nodes-file", str(self.nodes_file), *self.place),
             *("--request-log", str(self.log_file), *FAST, *options),
             env=self.environ,
         )

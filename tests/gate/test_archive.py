@@ -12,14 +12,15 @@ import pytest
 from llmgate import archive
 from llmgate.core.fleet import Lease
 from llmgate.core.keys import Key
-from llmgate.ledger import FILE, SCHEMA_VERSION, Store
+from llmgate.database import FILE, Database
+from llmgate.store import SCHEMA_VERSION, Store
 from tests.gate.conftest import GateUnderTest
 from tests.gate.mock_node import MockNode
 from tests.processes import wait_for
 
 
 def filled(folder: Path, *names: str) -> Path:
-    store = Store(folder)
+    store = Store(Database(folder))
     for name in names:
         store.add_key(Key(name, f"digest of {name}", False, (), 1.0))
     store.close()
@@ -27,7 +28,7 @@ def filled(folder: Path, *names: str) -> Path:
 
 
 def names(folder: Path) -> list[str]:
-    store = Store(folder)
+    store = Store(Database(folder))
     try:
         return [key.name for key in store.all_keys()]
     finally:
@@ -54,7 +55,7 @@ def test_a_copy_of_a_database_that_is_written_to_is_of_one_moment(tmp_path: Path
         for number in range(20):
             before = turns[0]
             wait_for(lambda before=before: turns[0] > before, "a write between two copies")
-            archive.backup(source, tmp_path / f"{number}.db")
+            archive.backup(Database(source), tmp_path / f"{number}.db")
     finally:
         stop.set()
         writer.join()
@@ -68,20 +69,20 @@ def test_a_copy_of_a_database_that_is_written_to_is_of_one_moment(tmp_path: Path
 
 
 def test_a_copy_is_its_owners_alone_and_one_file(tmp_path: Path) -> None:
-    archive.backup(filled(tmp_path / "state", "one"), tmp_path / "copies.db")
+    archive.backup(Database(filled(tmp_path / "state", "one")), tmp_path / "copies.db")
     assert (tmp_path / "copies.db").stat().st_mode & 0o777 == 0o600
     assert sorted(path.name for path in tmp_path.iterdir()) == ["copies.db", "state"]
 
 
 def test_what_was_there_before_stays_beside_it(tmp_path: Path) -> None:
     old, new = filled(tmp_path / "old", "one"), filled(tmp_path / "new", "two")
-    archive.backup(old, tmp_path / "copy.db")
-    assert archive.restore(tmp_path / "copy.db", new, check=True)
+    archive.backup(Database(old), tmp_path / "copy.db")
+    assert archive.restore(tmp_path / "copy.db", Database(new), check=True)
     assert names(new) == ["two"]
-    assert archive.restore(tmp_path / "copy.db", new)
+    assert archive.restore(tmp_path / "copy.db", Database(new))
     assert names(new) == ["one"]
-    assert not archive.restore(tmp_path / "copy.db", new)
-    assert archive.restore(new / "llmgate.db.before-restore", new)
+    assert not archive.restore(tmp_path / "copy.db", Database(new))
+    assert archive.restore(new / "llmgate.db.before-restore", Database(new))
     assert names(new) == ["two"]
 
 
@@ -105,13 +106,13 @@ def test_a_running_gate_serves_what_was_put_back(two: tuple[GateUnderTest, MockN
 
 
 def test_an_older_schema_is_brought_up_to_date(tmp_path: Path) -> None:
-    archive.backup(filled(tmp_path / "state", "one"), tmp_path / "copy.db")
+    archive.backup(Database(filled(tmp_path / "state", "one")), tmp_path / "copy.db")
     with closing(sqlite3.connect(tmp_path / "copy.db")) as database:
         database.execute("ALTER TABLE keys DROP COLUMN priority")
         database.execute("PRAGMA user_version = 1")
         database.commit()
     target = filled(tmp_path / "new")
-    assert archive.restore(tmp_path / "copy.db", target)
+    assert archive.restore(tmp_path / "copy.db", Database(target))
     assert names(target) == ["one"]
 
 
@@ -124,13 +125,13 @@ def test_an_older_schema_is_brought_up_to_date(tmp_path: Path) -> None:
     ],
 )
 def test_a_copy_of_another_schema_is_refused_and_changes_nothing(tmp_path: Path, spoil: str, complaint: str) -> None:
-    archive.backup(filled(tmp_path / "state", "one"), tmp_path / "copy.db")
+    archive.backup(Database(filled(tmp_path / "state", "one")), tmp_path / "copy.db")
     with closing(sqlite3.connect(tmp_path / "copy.db")) as database:
         database.execute(spoil)
         database.commit()
     target = filled(tmp_path / "new", "two")
     with pytest.raises(archive.NotOurs) as refused:
-        archive.restore(tmp_path / "copy.db", target)
+        archive.restore(tmp_path / "copy.db", Database(target))
     assert complaint in str(refused.value)
     assert names(target) == ["two"]
     assert sorted(path.name for path in target.iterdir()) == [FILE]
@@ -140,7 +141,7 @@ def test_a_copy_of_another_schema_is_refused_and_changes_nothing(tmp_path: Path,
 def test_a_file_that_is_no_whole_database_is_refused(tmp_path: Path, spoil: str) -> None:
     source = filled(tmp_path / "state", *(f"key{number}" for number in range(300)))
     copy = tmp_path / "copy.db"
-    archive.backup(source, copy)
+    archive.backup(Database(source), copy)
     if spoil == "cut":
         copy.write_bytes(copy.read_bytes()[: copy.stat().st_size // 2])
     elif spoil == "text":
@@ -148,18 +149,18 @@ def test_a_file_that_is_no_whole_database_is_refused(tmp_path: Path, spoil: str)
     else:
         copy.unlink()
     with pytest.raises(archive.NotOurs):
-        archive.restore(copy, filled(tmp_path / "new", "two"))
+        archive.restore(copy, Database(filled(tmp_path / "new", "two")))
     assert names(tmp_path / "new") == ["two"]
 
 
 def test_leases_are_copied_too(tmp_path: Path) -> None:
     source = filled(tmp_path / "state")
-    store = Store(source)
+    store = Store(Database(source))
     store.take_lease(lambda _: Lease("node", "operator", "new fans", 1.0, None))
     store.close()
-    archive.backup(source, tmp_path / "copy.db")
+    archive.backup(Database(source), tmp_path / "copy.db")
     target = filled(tmp_path / "new")
-    archive.restore(tmp_path / "copy.db", target)
-    store = Store(target)
+    archive.restore(tmp_path / "copy.db", Database(target))
+    store = Store(Database(target))
     assert [lease.node for lease in store.leases()] == ["node"]
     store.close()

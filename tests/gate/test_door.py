@@ -141,7 +141,10 @@ def test_the_request_log_says_who_what_where_and_why(two: Two) -> None:
     assert line["status"] == 200
     assert (line["prompt_tokens"], line["cached_tokens"], line["completion_tokens"]) == (11, 3, 5)
     assert 0 < line["time_to_first_token_seconds"] <= line["duration_seconds"]
-    assert line["attempts"] == [{"node": "a", "outcome": "answered"}]
+    (tried,) = line["attempts"]
+    assert (tried["node"], tried["outcome"]) == ("a", "answered")
+    assert 0 <= tried["at"] <= tried["at"] + tried["seconds"] <= line["duration_seconds"] + 0.001
+    assert line["resumed"] == 0
     assert line["route"] == "least-loaded (load): a 0/4, b 0/4"
     refused = gate.chat("sk-llmrack-wrong-0123456789abcdef")
     line = gate.line(refused.headers["x-request-id"])

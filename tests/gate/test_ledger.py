@@ -10,7 +10,9 @@ from pathlib import Path
 import pytest
 
 from llmgate.core.fleet import Lease
-from llmgate.ledger import RequestLog, Store
+from llmgate.database import Database
+from llmgate.requestlog import RequestLog
+from llmgate.store import Store
 
 
 def lease(node: str) -> Lease:
@@ -40,7 +42,7 @@ def test_lines_of_several_workers_are_never_torn(tmp_path: Path) -> None:
 
 def test_a_lease_is_decided_while_nobody_else_can_take_one(tmp_path: Path) -> None:
     """Two drains decided at once could each count on the other's node."""
-    first, second = Store(tmp_path), Store(tmp_path)
+    first, second = Store(Database(tmp_path)), Store(Database(tmp_path))
     stranger = sqlite3.connect(tmp_path / "llmgate.db", timeout=0, isolation_level=None)
 
     def decide(held: tuple[Lease, ...]) -> Lease:
@@ -59,7 +61,7 @@ def test_a_lease_is_decided_while_nobody_else_can_take_one(tmp_path: Path) -> No
 
 
 def test_a_refused_change_leaves_leases_as_they_are_and_the_database_free(tmp_path: Path) -> None:
-    store, other = Store(tmp_path), Store(tmp_path)
+    store, other = Store(Database(tmp_path)), Store(Database(tmp_path))
     store.take_lease(lambda held: lease("a"))
 
     def refuse(held: tuple[Lease, ...]) -> None:

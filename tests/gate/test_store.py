@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import sqlite3
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from llmgate.core.keys import Key
 from llmgate.core.queue import Priority
-from llmgate.ledger import FILE, Store, StoreError
+from llmgate.database import FILE, Database, StoreError
+from llmgate.store import Store
 
 FIRST = """
 CREATE TABLE keys (
@@ -31,7 +33,7 @@ def test_the_first_releases_keys_are_kept(tmp_path: Path) -> None:
     with sqlite3.connect(tmp_path / FILE) as db:
         db.executescript(FIRST)
     for _ in range(2):
-        store = Store(tmp_path)
+        store = Store(Database(tmp_path))
         assert store.all_keys() == [Key("old", "d", True, ("tiny",), 5.0)]
         store.close()
 
@@ -42,25 +44,25 @@ def test_an_old_and_a_new_database_have_the_same_columns(tmp_path: Path) -> None
         db.executescript(FIRST)
     found = []
     for name in ("old", "new"):
-        Store(tmp_path / name).close()
+        Store(Database(tmp_path / name)).close()
         with sqlite3.connect(tmp_path / name / FILE) as db:
             found.append([db.execute(f"PRAGMA table_info({table})").fetchall() for table in ("keys", "leases")])
     assert found[0] == found[1]
 
 
 def test_a_newer_releases_database_is_left_alone(tmp_path: Path) -> None:
-    Store(tmp_path).close()
+    Store(Database(tmp_path)).close()
     with sqlite3.connect(tmp_path / FILE) as db:
         db.execute("PRAGMA user_version=99")
     with pytest.raises(StoreError, match="newer llmgate"):
-        Store(tmp_path)
+        Store(Database(tmp_path))
 
 
 @pytest.mark.parametrize("priority", list(Priority))
-def test_a_key_keeps_its_priority(tmp_path: Path, priority: Priority) -> None:
-    store = Store(tmp_path)
+def test_a_key_keeps_its_priority(database: Database, priority: Priority) -> None:
+    store = Store(database)
     store.add_key(Key("k", "d", priority=priority))
     assert store.all_keys()[0].priority is priority
-    store.set_rights("k", admin=False, models=(), priority=Priority.LOW)
+    store.change_key("k", lambda key: replace(key, priority=Priority.LOW))
     assert store.all_keys()[0].priority is Priority.LOW
     store.close()

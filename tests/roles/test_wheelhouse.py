@@ -96,6 +96,29 @@ def test_a_release_is_complete_and_named_by_what_is_in_it(module: ModuleType, pr
     assert (out / "release").read_text().strip() == other["name"]
 
 
+def test_a_release_has_what_the_hosts_python_needs_whatever_the_controllers_is(module: ModuleType) -> None:
+    lock = (
+        "# a remark\n"
+        "always==1 \\\n    --hash=sha256:aa \\\n    --hash=sha256:ab\n"
+        "old==1 ; python_full_version < '3.11' \\\n    --hash=sha256:bb\n"
+        "early==1 ; python_full_version < '3.11.3' \\\n    --hash=sha256:cc\n"
+        "split==1 ; python_full_version == '3.11.*' \\\n    --hash=sha256:dd\n"
+        "split==2 ; python_full_version >= '3.12' \\\n    --hash=sha256:ee\n"
+        "windows==1 ; sys_platform == 'win32' \\\n    --hash=sha256:ff\n"
+        "version==1 ; python_version < '3.11'\n"
+    )
+
+    def names(python: str) -> list[str]:
+        return re.findall(r"^(\w+==\d)", module.needed(lock, python), re.MULTILINE)
+
+    assert names("3.10") == ["always==1", "old==1", "early==1", "version==1"]
+    assert names("3.11") == ["always==1", "early==1", "split==1"]
+    assert names("3.13") == ["always==1", "split==2"]
+    assert module.needed(lock, "3.12").splitlines() == [
+        "always==1 \\", "    --hash=sha256:aa \\", "    --hash=sha256:ab", "split==2 \\", "    --hash=sha256:ee",
+    ]  # fmt: skip
+
+
 def test_cuda_is_compiled_for_the_capabilities_that_are_named_and_keyed_by_them(
     module: ModuleType, project: Path
 ) -> None:

@@ -308,11 +308,13 @@ def release(project: Path, backend: str, python: str, out: Path, flags: list[str
         locks = [project / "requirements" / f"{extra}.txt" for extra in ("node", "gate")]
         for lock in locks:
             shutil.copy(lock, stage / lock.name)
+            wanted = Path(temporary) / lock.name
+            wanted.write_text(needed(lock.read_text(), python))
             _run(
                 [
                     *_pip(), "download", "--quiet", "--require-hashes", "--no-deps", "--only-binary=:all:",
                     "--python-version", python, "--implementation", "cp", *_platforms(),
-                    "--dest", str(stage), "--requirement", str(lock),
+                    "--dest", str(stage), "--requirement", str(wanted),
                 ],
                 f"the download of {lock.name}'s wheels",
             )  # fmt: skip
@@ -427,6 +429,35 @@ def _platforms() -> list[str]:
     tags = [f"manylinux_2_{n}_{machine}" for n in range(minor, 4, -1)]
     tags += [f"manylinux2014_{machine}", f"manylinux2010_{machine}", f"manylinux1_{machine}", f"linux_{machine}"]
     return [word for tag in tags for word in ("--platform", tag)]
+
+
+def needed(lock: str, python: str) -> str:
+    """The entries of a lock file that hosts with this Python ("3.11") need, without their markers.
+
+    pip judges markers by the Python that it runs on, which is the controller's, also where it is told to download for
+    another. What only some patch releases of a Python need is taken for all of them.
+    """
+    entries = re.findall(r"^(?=\S)[^#].*(?:\n[ \t]+.*)*", lock, re.MULTILINE)
+    markers = [entry.split("\n")[0].rstrip("\\ ").partition(" ; ")[2] for entry in entries]
+    patches = [f"{python}.0", f"{python}.99"]
+    command = [_pip()[0], "-c", _JUDGE]
+    done = subprocess.run(command, input=json.dumps([markers, python, patches]), capture_output=True, text=True)
+    if done.returncode:
+        raise Failed(f"the lock files' markers cannot be read: {done.stderr.strip()}")
+    kept = [entry for entry, holds in zip(entries, json.loads(done.stdout), strict=True) if holds]
+    return "\n".join(re.sub(r" ; .*?(?= ?\\?$)", "", entry, count=1, flags=re.MULTILINE) for entry in kept) + "\n"
+
+
+_JUDGE = """
+import json, sys
+from pip._vendor.packaging.markers import Marker
+markers, python, patches = json.load(sys.stdin)
+def holds(marker):
+    hosts = [{"python_version": python, "python_full_version": patch} for patch in patches]
+    return not marker or any(Marker(marker).evaluate(host) for host in hosts)
+print(json.dumps([holds(marker) for marker in markers]))
+"""
+"""Run by the Python that has pip, which has a reader of markers."""
 
 
 def _pip() -> list[str]:
