@@ -1,4 +1,4 @@
-"""Fixtures of the console's tests: Debian's Chromium without a window, and a real gate in front of nodes without a model."""
+"""Fixtures of the console's tests: Debian's Chromium without a window, a real gate, and nodes without a model."""
 
 from __future__ import annotations
 
@@ -12,9 +12,9 @@ from playwright.sync_api import Browser, ConsoleMessage, Locator, Page, expect, 
 
 from tests.conftest import Start, _starter
 from tests.processes import PATIENCE_S, Program
+from tests.programs import need
 from tests.system.fleet import Fleet, build
 
-CHROMIUM = Path("/usr/bin/chromium")
 TEMPLATE = Path(__file__).parents[1] / "data" / "agent.jinja"
 STEP_S = "0.02"
 """How long a node takes for a token: slow enough to be watched, stopped and killed on the way."""
@@ -77,11 +77,10 @@ class Console:
 
 @pytest.fixture(scope="session")
 def chromium() -> Iterator[Browser]:
-    if not CHROMIUM.exists():
-        pytest.skip(f"{CHROMIUM} is missing: apt-get install chromium")
+    path = need("chromium")
     expect.set_options(timeout=PATIENCE_S * 1000)
     with sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=str(CHROMIUM), args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=str(path), args=["--no-sandbox"])
         yield browser
         browser.close()
 

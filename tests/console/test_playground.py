@@ -1,4 +1,4 @@
-"""The playground: a chat as it comes, stopped, asked again, edited; tools and schemas; and what is said of each answer."""
+"""The playground: a chat as it comes, stopped, asked again, edited; tools and schemas; what is said of each answer."""
 
 from __future__ import annotations
 
