@@ -77,9 +77,9 @@ export const SHADES = 6;
  * @param {string} label
  * @param {{name: string, parts: {name: string, value: number, shade: number}[]}[]} days
  * @param {(value: number) => string} format
+ * @param {number} [width] about as many pixels as there are, so that the letters come out in their size
  */
-export function stacked(label, days, format) {
-  const width = 720;
+export function stacked(label, days, format, width = 720) {
   const height = 200;
   const left = 44;
   const bottom = 22;
@@ -92,7 +92,7 @@ export function stacked(label, days, format) {
     s("line", { class: "tick", x1: left, x2: width, y1: y(top * share), y2: y(top * share) }),
     s("text", { x: left - 8, y: y(top * share) + 4, "text-anchor": "end" }, format(top * share)),
   ]);
-  const every = Math.ceil(days.length / 10);
+  const every = Math.ceil((days.length * 52) / (width - left));
   const bars = days.map((day, index) => {
     const x = left + slot * index + (slot - bar) / 2;
     let sum = 0;

@@ -23,6 +23,7 @@ import { Failure } from "./api.js";
 import { messages } from "./sse.js";
 
 const PATH = "v1/chat/completions";
+const SPEED_FROM_S = 0.2;
 
 /** The request for an answer to these turns. @param {Turn[]} turns @param {Record<string, unknown>} options */
 export function request(turns, options) {
@@ -112,8 +113,8 @@ function take(turn, chunk) {
 }
 
 /**
- * The figures of an answer, in seconds and tokens. Speed counts from the first token, while it comes by pieces, which
- * are mostly tokens.
+ * The figures of an answer, in seconds and tokens. Speed counts from the first token on; while it comes, by pieces, which
+ * are mostly tokens. Of an answer that is over in a moment it would be that of the network.
  * @param {Facts} facts
  */
 export function figures(facts) {
@@ -122,7 +123,7 @@ export function figures(facts) {
   const seconds = first !== undefined && last > first ? (last - first) / 1000 : 0;
   return {
     firstToken: first === undefined ? null : (first - began) / 1000,
-    speed: seconds && tokens > 1 ? (tokens - 1) / seconds : null,
+    speed: seconds >= SPEED_FROM_S && tokens > 1 ? (tokens - 1) / seconds : null,
     prompt: usage?.prompt_tokens ?? null,
     cached: usage?.prompt_tokens_details?.cached_tokens ?? null,
     completion: usage?.completion_tokens ?? null,

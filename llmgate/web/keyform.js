@@ -17,12 +17,13 @@ export const LIMITS = [
  * @param {(saved: any) => void} done
  */
 export function keyForm(gate, key, done) {
+  const ends = key?.expires ? local(key.expires) : "";
   const name = field("Name", h("input", { name: "name", required: true, maxlength: 64, pattern: "[A-Za-z0-9][A-Za-z0-9._@\\-]*", autocomplete: "off", spellcheck: "false", title: "Letters, digits and . _ @ -" }), "Who or what uses it");
   const owner = field("Owner", h("input", { name: "owner", maxlength: 200, autocomplete: "off", value: key?.owner ?? "" }), "Who answers for it");
   const role = choice("Role", "role", ["user", "admin"], key?.role ?? "user");
   const priority = choice("Priority", "priority", ["high", "normal", "low"], key?.priority ?? "normal");
   const models = field("Models", h("input", { name: "models", autocomplete: "off", spellcheck: "false", placeholder: "all", value: (key?.models ?? []).join(", ") }), "Names, with commas between them");
-  const expires = field("Expires", h("input", { name: "expires", type: "datetime-local", value: key?.expires ? local(key.expires) : "" }), "Never, if empty");
+  const expires = field("Expires", h("input", { name: "expires", type: "datetime-local", value: ends }), "Never, if empty");
   const limits = LIMITS.map(([id, , label]) => [id, field(label, h("input", { name: id, type: "number", min: 1, step: 1, inputmode: "numeric", placeholder: "no limit", value: key?.limits?.[id] ?? "" }))]);
   const wrong = h("p", { class: "notice bad", role: "alert", hidden: true });
   const button = h("button", { class: "main", type: "submit" }, key ? "Save" : "Create");
@@ -35,12 +36,9 @@ export function keyForm(gate, key, done) {
       models: models.input.value.split(",").map((one) => one.trim()).filter(Boolean),
       limits: Object.fromEntries(limits.map(([id, { input }]) => [id, input.value === "" ? null : Number(input.value)])),
     };
-    const until = expires.input.value ? new Date(expires.input.value).toISOString() : null;
-    if (key) body.expires_at = until;
-    else {
-      body.name = name.input.value.trim();
-      if (until) body.expires_at = until;
-    }
+    if (!key) body.name = name.input.value.trim();
+    // What is over may stay as it is, and cannot be set.
+    if (expires.input.value !== ends) body.expires_at = expires.input.value ? new Date(expires.input.value).toISOString() : null;
     return body;
   }
 

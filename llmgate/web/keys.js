@@ -46,7 +46,7 @@ export function keysPanel(gate) {
       h("th", { scope: "row" }, h("span", null, key.name), key.owner ? h("div", { class: "soft small" }, key.owner) : null),
       h("td", null, h("span", { class: "tag" }, key.role ?? (key.admin ? "admin" : "user")), key.priority && key.priority !== "normal" ? h("span", { class: "tag" }, key.priority) : null),
       h("td", null, key.models.length ? key.models.join(", ") : h("span", { class: "soft" }, "all")),
-      h("td", null, limits.length ? h("div", { class: "limits" }, limits.map(([name, short]) => limit(short, key.limits[name], key.use?.[name] ?? 0))) : h("span", { class: "soft" }, "none")),
+      h("td", null, limits.length ? h("div", { class: "limits" }, limits.map(([name, short]) => limit(short, key.limits[name], key.use?.[name]))) : h("span", { class: "soft" }, "none")),
       h("td", null, key.revoked ? h("span", { class: "bad" }, `revoked ${date(key.revoked)}`) : expiry(key)),
       h("td", { class: "number" }, key.revoked ? null : [
         h("button", { class: "quiet", type: "button", "aria-label": `Edit ${key.name}`, onclick: () => edit(key) }, "Edit"),
@@ -102,9 +102,13 @@ function secret(made) {
 }
 
 function limit(name, most, used) {
+  const label = h("span", { class: "soft small" }, name);
+  // Nobody counts for a key that is over, or while the counters cannot be asked.
+  if (used === undefined || used === null) return h("div", { class: "limit" }, label, h("span", { class: "small number" }, brief(most)));
   const bar = meter(name);
-  bar.update(most ? used / most : 1, `${count(used)} of ${count(most)}`);
-  return h("div", { class: "limit" }, h("span", { class: "soft small" }, name), h("span", { class: "small number", title: `${count(used)} of ${count(most)}` }, `${brief(used)} / ${brief(most)}`), bar.element);
+  const both = `${count(used)} of ${count(most)}`;
+  bar.update(most ? used / most : 1, both);
+  return h("div", { class: "limit" }, label, h("span", { class: "small number", title: both }, `${brief(used)} / ${brief(most)}`), bar.element);
 }
 
 function expiry(key) {

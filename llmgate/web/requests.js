@@ -101,7 +101,9 @@ export function requestsPage(gate) {
         : state("No requests yet", "They appear here as they end. Ask something in the playground, or point a client at this gate."));
     }
     if (content.firstChild !== table) fill(content, table);
-    const longest = Math.max(...seen.map((row) => row.duration_seconds ?? 0));
+    // A few that took very long would make specks of all the others.
+    const times = seen.map((row) => row.duration_seconds ?? 0).sort((a, b) => a - b);
+    const longest = times[Math.floor(times.length * 0.9)];
     keep(list, known, seen, (row) => row.id, line, head);
     for (const row of seen) known.get(row.id).scale(longest);
   }
@@ -202,6 +204,6 @@ function sums(rows) {
   const bad = rows.filter((row) => row.status >= 400 && row.status !== 499).length;
   const firsts = rows.map((row) => row.time_to_first_token_seconds).filter((value) => typeof value === "number").sort((a, b) => a - b);
   const parts = [`${count(rows.length)} shown`, `${count(bad)} failed`];
-  if (firsts.length >= WORTH_A_MEAN) parts.push(`first token ${duration(firsts[Math.floor(firsts.length / 2)])} in the middle, ${duration(firsts[Math.floor(firsts.length * 0.95)])} at the 95th percentile`);
+  if (firsts.length >= WORTH_A_MEAN) parts.push(`first token: median ${duration(firsts[Math.floor(firsts.length / 2)])}, 95th percentile ${duration(firsts[Math.floor(firsts.length * 0.95)])}`);
   return parts.join(" · ");
 }

@@ -64,6 +64,14 @@ export function usagePage(gate) {
     }
   }
 
+  let redrawing = 0;
+  function redraw() {
+    redrawing ||= requestAnimationFrame(() => {
+      redrawing = 0;
+      draw();
+    });
+  }
+
   function draw() {
     if (!usage) return;
     if (!usage.rows.length) return fill(content, state("Nothing was used yet", `No request has ended in the last ${chosen.days} days.`));
@@ -85,7 +93,7 @@ export function usagePage(gate) {
       content,
       h("div", { class: "stack" },
         h("div", { class: "usage" },
-          h("figure", null, stacked(`${name} a day, by ${usage.by}`, days, brief), h("figcaption", null, legend(series))),
+          h("figure", null, stacked(`${name} a day, by ${usage.by}`, days, brief, Math.min(760, innerWidth - 56)), h("figcaption", null, legend(series))),
           totals(usage.total)),
         byWho(order, usage.by)),
     );
@@ -97,10 +105,11 @@ export function usagePage(gate) {
     title: "Usage and keys",
     element,
     show() {
+      addEventListener("resize", redraw);
       load();
       keys.load();
     },
-    hide() {},
+    hide: () => removeEventListener("resize", redraw),
     shortcut(key) {
       if (key !== "n") return false;
       keys.create();

@@ -61,12 +61,13 @@ function picture(parts) {
   return s("svg", { class: "span", viewBox: `0 0 ${WIDTH} 10`, preserveAspectRatio: "none", "aria-hidden": "true" }, parts);
 }
 
-/** The same in the width of a cell: waiting, up to the first token, and the rest, beside the longest of the list. */
+/** The same in the width of a cell: waiting, up to the first token, and the rest, beside what is long in the list. */
 export function strip(row, longest) {
   const scale = WIDTH / Math.max(longest, 1e-4);
-  const queued = (row.queued_seconds ?? 0) * scale;
-  const first = Math.max(queued, (row.time_to_first_token_seconds ?? row.duration_seconds ?? 0) * scale);
-  const end = Math.max(first, (row.duration_seconds ?? 0) * scale, 4);
+  const at = (seconds) => Math.min(WIDTH, (seconds ?? 0) * scale);
+  const queued = at(row.queued_seconds);
+  const first = Math.max(queued, at(row.time_to_first_token_seconds ?? row.duration_seconds));
+  const end = Math.max(first, at(row.duration_seconds), 4);
   return picture([
     s("rect", { class: "wait", width: queued, height: 10 }),
     s("rect", { class: "prompt", x: queued, width: first - queued, height: 10 }),
