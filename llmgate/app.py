@@ -16,6 +16,7 @@ import asyncio
 import logging
 import math
 import random
+import resource
 import shutil
 import signal
 import socket
@@ -25,21 +26,28 @@ from pathlib import Path
 from typing import Any
 
 from sanic import HTTPResponse, Request, Sanic
+from sanic.application.state import ApplicationServerInfo
+from sanic.http.constants import HTTP
+from sanic.models.server_types import Signal
 from sanic.response import BaseHTTPResponse
 from sanic.server.async_server import AsyncioServer
 
-from llmgate.api import admin, errors, manual, openai, pages, probes, props, usage, watch
+from llmgate.allowances import Allowances
+from llmgate.api import admin, entrance, errors, manual, openai, pages, probes, props, usage, watch
 from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
 from llmgate.core.fleet import Fleet, Leased, Listed, Node, View
 from llmgate.core.health import Rules
 from llmgate.core.history import History
+from llmgate.counters import Counters
+from llmgate.counters.local import Local
 from llmgate.database import StoreError
+from llmgate.doorman import Doorman, Taking
 from llmgate.figures import Figures
 from llmgate.ledger import Ledger
 from llmgate.line import Line, News, Order, Post
-from llmgate.listener import BACKLOG
+from llmgate.listener import adopted
 from llmgate.listing import Listing
 from llmgate.metrics import Metrics
 from llmgate.prober import Prober
@@ -50,14 +58,21 @@ from llmgate.settings import (
     certificate_ends,
     database,
     door_context,
+    door_files,
     is_loopback,
     node_context,
+    node_files,
     read_nodes,
+    receiver,
+    redis_url,
+    state_dir,
 )
 from llmgate.store import Contents
 from llmgate.usage import UsageWriter
 from llmgate.waiting import Waiting
+from llmnode.service import tls, traces
 from llmnode.service.connection import Connection
+from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError
 
 log = logging.getLogger("llmgate")
@@ -68,6 +83,12 @@ _FIRST_ROUND_S = 1.0
 _FLUSH_S = 5.0
 _HEARTBEAT_S = 1.0
 _LOOK_S = 0.05
+_HANDSHAKE_S = 15.0
+"""For a client's TLS handshake, which is two round trips and a signature."""
+_OTHER_FILES = 64
+"""Open files that are no connections."""
+_MOST_FILES = 1 << 20
+"""Where the system sets no limit."""
 
 
 class Gate:
@@ -85,14 +106,17 @@ class Gate:
         self._view = View(Fleet(rules=Rules.of(settings)), self._node_moved)
         self._view.apply(Listed(listing.addresses, listing.routes))
         self._ledger = Ledger(database(settings), self._take_contents, lambda: line.say(News.CHANGED), self._pen())
-        self._door = Door(lambda: self._ledger.keyring, require_keys=settings.require_keys)
+        self._door = Door(lambda: self._ledger.keyring, self._wall, require_keys=settings.require_keys)
+        # Before the files are read: what changes meanwhile is a change.
+        self._shown = tls.Watch(door_files(settings)), tls.Watch(node_files(settings))
+        self._to_nodes = node_context(settings)
         self._relay = Relay(
             token,
             self._clock,
             connect_timeout_s=settings.connect_timeout_s,
             stall_timeout_s=settings.stall_timeout_s,
             request_timeout_s=settings.request_timeout_s,
-            context=node_context(settings),
+            context=self._to_nodes,
         )
         self._context = door_context(settings)
         self._prober = Prober(
@@ -105,6 +129,7 @@ class Gate:
             stale_after_s=settings.stale_after_s,
         )
         self._figures = Figures(Path(post.folder))
+        self._ends = certificate_ends(settings, self._context)
         part = math.ceil(settings.queue_limit / settings.workers)
         self._waiting = Waiting(self._view, self._clock, limit=part, beat_s=KEEPALIVE_S)
         self._metrics = Metrics(
@@ -113,10 +138,31 @@ class Gate:
             self._clock,
             settings.stale_after_s,
             self._figures,
-            certificate_ends(settings, self._context),
+            self._ends,
             lambda: self._ledger.unwritten,
         )
-        self._request_log = RequestLog(settings.request_log)
+        self._connections: set[Connection] = set()
+        self._doorman = Doorman(
+            self._connections,
+            limit=settings.connections_limit or _places(),
+            per_address=settings.connections_per_address,
+            context=self._context,
+            handshake_s=min(_HANDSHAKE_S, settings.receive_timeout_s),
+            clock=self._clock,
+            turned=lambda why, number: self._metrics.closed.labels(why).inc(number),
+        )
+        self._request_log = RequestLog(settings.request_log, settings.request_log_format)
+        instance = f"{socket.gethostname()}-{post.place}"
+        self._traces = traces.start(receiver(settings), name="llmgate", version=release(), **{"instance.id": instance})
+        self._allowances = Allowances(
+            self._counters(),
+            self._ledger.spent,
+            self._metrics,
+            closed=settings.limits_when_down == "closed",
+            needed=lambda: self._ledger.keyring.limited,
+            clock=self._clock,
+            dice=lambda: random.getrandbits(64),
+        )
         self._history = History()
 
     def _pen(self) -> UsageWriter | None:
@@ -142,15 +188,15 @@ class Gate:
         try:
             self._prober.follow()
             await self._prober.first_round(_FIRST_ROUND_S)
-            works = (self._housekeeping(), self._follow_ledger(), self._heartbeat())
-            chores = [asyncio.create_task(work) for work in works]
+            works = (self._housekeeping, self._follow_ledger, self._heartbeat, self._allowances.tend)
+            chores = [asyncio.create_task(work()) for work in works]
             for chore in chores:
                 chore.add_done_callback(self._chore_ended)
             if not self._stop.is_set():
-                server = await self._listen(sock)
+                await self._listen(sock)
                 self._announce(sock)
                 await self._stop.wait()
-                await self._end(server)
+                await self._end()
             if self._failure:
                 raise self._failure
         finally:
@@ -159,16 +205,30 @@ class Gate:
             await asyncio.gather(*chores, return_exceptions=True)
             await self._prober.stop()
             await self._relay.close()
+            await self._allowances.close()
             await self._ledger.close()
             self._request_log.close()
+            if self._traces:
+                await asyncio.get_running_loop().run_in_executor(None, self._traces.close)
             if self._line.ended:
                 # The supervisor cleans up, but it was killed.
                 shutil.rmtree(self._post.folder, ignore_errors=True)
+
+    def _counters(self) -> Counters:
+        """Where this gate counts what keys use."""
+        settings, url = self._settings, redis_url(self._settings)
+        if url:
+            from llmgate.counters.shared import Shared  # redis-py takes 60 ms and 10 MB, and most gates need none
+
+            return Shared(url, hour=settings.budget_hour, strict=settings.limits_when_down == "closed")
+        return Local(state_dir(settings), lambda: int(self._wall() * 1000), hour=settings.budget_hour)
 
     def _announce(self, sock: socket.socket) -> None:
         host = self._settings.host
         scheme = "https" if self._settings.tls_cert_file else "http"
         log.info("listening on %s://%s:%d, %s", scheme, host, sock.getsockname()[1], self._summary())
+        if self._settings.admin_listen:
+            log.info("the admin API is on %s alone", self._settings.admin_listen)
         if self._post.place == 0:
             if not len(self._ledger.keyring) and self._settings.require_keys:
                 log.warning("there is no API key yet, so every request is refused: llmgate keys create NAME")
@@ -177,32 +237,33 @@ class Gate:
         self._say_alive()
         self._line.say(News.READY)
 
-    async def _listen(self, sock: socket.socket) -> AsyncioServer:
-        app = self._compose()
+    async def _listen(self, sock: socket.socket) -> None:
+        app, loop = self._compose(), asyncio.get_running_loop()
+        # Else Sanic would tell of other protocols, of which there are none, in a header that is empty.
+        app.state.server_info.append(ApplicationServerInfo({"version": HTTP.VERSION_1}))
         # Routes are finished by startup(), so no connection is taken before it.
-        server = await app.create_server(
-            sock=sock,
-            ssl=self._context,
-            protocol=Connection,
-            access_log=False,
-            backlog=BACKLOG,
-            asyncio_server_kwargs={"start_serving": False},
-        )
-        assert server is not None
-        await server.startup()  # type: ignore[no-untyped-call]
-        started = server.start_serving()  # type: ignore[no-untyped-call]
-        assert started is not None
-        await started
-        return server
+        await AsyncioServer(app, loop, None, self._connections).startup()  # type: ignore[no-untyped-call]
+        signal = Signal()
+
+        def taking(where: str) -> Taking:
+            common = {"loop": loop, "app": app, "connections": self._connections, "signal": signal, "state": {}}
+            return lambda left: Connection(entrance=where, left=left, **common)
+
+        self._doorman.listen(sock, taking(entrance.DOOR))
+        if self._post.admin_fd is not None:
+            self._doorman.listen(adopted(self._post.admin_fd), taking(entrance.ADMIN))
 
     def _compose(self) -> Sanic[Any, Any]:
         settings, clock, wall = self._settings, self._clock, self._wall
-        app: Sanic[Any, Any] = Sanic("llmgate", configure_logging=False, env_prefix=None)
+        app: Sanic[Any, Any] = Sanic(
+            "llmgate", configure_logging=False, env_prefix=None, request_class=entrance.request_class(self._door)
+        )
         app.config.update(
             {
                 "MOTD": False,
                 "FALLBACK_ERROR_FORMAT": "json",
                 "REQUEST_MAX_SIZE": settings.body_limit_bytes,
+                "REQUEST_MAX_HEADER_SIZE": settings.head_limit_bytes,
                 "REQUEST_TIMEOUT": settings.receive_timeout_s,
                 "KEEP_ALIVE_TIMEOUT": settings.idle_timeout_s,
                 "SEND_TIMEOUT": settings.send_timeout_s,
@@ -212,15 +273,18 @@ class Gate:
         )
         errors.install(app, settings.body_limit_bytes)
         app.register_middleware(self._part, "response")
+        entrance.install(app, origins=settings.cors_origins, admin_apart=self._post.admin_fd is not None)
         conversations = Conversations(
             settings,
             door=self._door,
             view=self._view,
             relay=self._relay,
             waiting=self._waiting,
+            allowances=self._allowances,
             request_log=self._request_log,
             note=self._ledger.note,
             metrics=self._metrics,
+            traces=self._traces,
             clock=clock,
             wall=wall,
             dice=lambda: random.getrandbits(64),
@@ -228,7 +292,7 @@ class Gate:
         stale = settings.stale_after_s
         app.blueprint(openai.blueprint(conversations, door=self._door, view=self._view, started=wall()))
         app.blueprint(manual.blueprint())
-        app.blueprint(pages.blueprint(require_keys=settings.require_keys))
+        app.blueprint(pages.blueprint())
         app.blueprint(
             props.blueprint(
                 door=self._door,
@@ -324,7 +388,7 @@ class Gate:
         self._prober.say(node.name)
 
     async def _housekeeping(self) -> None:
-        """Notice a new nodes file, let the other workers see what is new here, note how the nodes do."""
+        """Notice a new nodes file and certificates, remember how nodes do, let other workers see what is new here."""
         seen = self._nodes_stamp()
         while True:
             await asyncio.sleep(_HOUSEKEEPING_S)
@@ -332,6 +396,7 @@ class Gate:
             if stamp != seen:
                 seen = stamp
                 self._read_nodes_again()
+            self._renew()
             self._metrics.publish()
             self._remember()
 
@@ -355,6 +420,20 @@ class Gate:
             if failing:
                 log.warning("keys and leases can be read again")
             failing = False
+
+    def _renew(self) -> None:
+        """Take new certificates, for connections from now on; bad ones are said once, and change nothing."""
+        pairs = (("clients", self._context, door_files), ("nodes", self._to_nodes, node_files))
+        for shown, (to, context, files) in zip(self._shown, pairs, strict=True):
+            if context is None or not shown.changed():
+                continue
+            try:
+                tls.renew(context, files(self._settings))
+            except SettingError as error:
+                log.error("the new certificate for %s is refused, the old one stays: %s", to, error)
+                continue
+            self._ends.update({to: certificate_ends(self._settings, self._context)[to]})
+            log.info("the certificate for %s was read again", to)
 
     def _remember(self) -> None:
         wall = self._wall()
@@ -401,27 +480,28 @@ class Gate:
     def _say_alive(self) -> None:
         self._line.say(News.ALIVE, status=self._summary(), active=self._door.active)
 
-    async def _end(self, server: AsyncioServer) -> None:
+    async def _end(self) -> None:
         door, patience_s = self._door, self._settings.drain_seconds
         if self._leaving:
             door.leaving = True
-            server.close()  # type: ignore[no-untyped-call]
+            self._doorman.close()
             log.info("leaving: %d requests running, at most %g s", door.active, patience_s)
-            await self._unless_hurried(self._vacated(server), patience_s)
+            await self._unless_hurried(self._vacated(), patience_s)
         else:
             door.draining = True
             log.info("draining: %d requests running, at most %g s", door.active, patience_s)
             await self._unless_hurried(door.empty(), patience_s)
-            server.close()  # type: ignore[no-untyped-call]
+            self._doorman.close()
         door.draining = True
         if door.active:
             log.warning("cutting %d requests that are still running", door.active)
         else:
-            await self._flush(server)
-        for connection in list(server.connections):
+            await self._flush()
+        for connection in list(self._connections):
             # Not Sanic's own abort(), which takes the transport away from a handler that is still to be cancelled.
             if connection.transport:
                 connection.transport.abort()
+        await self._doorman.abort()
         await door.close()
         log.info("ended")
 
@@ -432,17 +512,17 @@ class Gate:
         for task in waiting:
             task.cancel()
 
-    async def _vacated(self, server: AsyncioServer) -> None:
+    async def _vacated(self) -> None:
         """Wait until every connection has gone. One that a client keeps open is closed with its next answer: closing
         it before would cut off a request that is on its way."""
-        while server.connections:  # noqa: ASYNC110  (Sanic gives a set to look at)
+        while self._doorman.count:  # noqa: ASYNC110  (they leave one by one)
             await asyncio.sleep(_LOOK_S)
 
-    async def _flush(self, server: AsyncioServer) -> None:
+    async def _flush(self) -> None:
         """Let the last bytes of finished answers reach slow clients, for a short while."""
         end = self._clock() + _FLUSH_S
-        while server.connections and self._clock() < end:
-            for connection in list(server.connections):
+        while self._connections and self._clock() < end:
+            for connection in list(self._connections):
                 connection.close_if_idle()
             await asyncio.sleep(0.01)
 
@@ -450,3 +530,9 @@ class Gate:
         nodes = self._view.fleet.nodes.values()
         usable = sum(node.standing(self._clock(), self._settings.stale_after_s).usable for node in nodes)
         return f"{usable} of {len(nodes)} nodes take work"
+
+
+def _places() -> int:
+    """How many clients may be connected: each wants an open file, and its request one more, to a node."""
+    allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(1, (min(allowed, _MOST_FILES) - _OTHER_FILES) // 2)

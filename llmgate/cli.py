@@ -214,7 +214,7 @@ def _work(loaded: Loaded[Settings], post: Post, line: Line) -> None:
     from llmgate.app import Gate
 
     settings = loaded.values
-    logs.setup(settings.log_level, settings.log_format)
+    logs.setup(settings.log_level, settings.log_format, "llmgate")
     if post.place:
         # All workers see the same nodes; one tells.
         logging.getLogger("llmgate.prober").setLevel(logging.ERROR)

@@ -51,13 +51,17 @@ class News(str, Enum):
 
 @dataclass(frozen=True)
 class Post:
-    """What a worker is told as it starts: its place in its generation, what it inherits, and where all keep figures."""
+    """What a worker is told as it starts: its place in its generation, what it inherits, and where all keep figures.
+
+    admin_fd: the socket of the admin API's own address; None without one, and from a supervisor that knows of none.
+    """
 
     place: int
     generation: int
     listen_fd: int
     line_fd: int
     folder: str
+    admin_fd: int | None = None
 
     def text(self) -> str:
         return json.dumps(dataclasses.asdict(self))
@@ -67,7 +71,8 @@ class Post:
         """Raises ValueError."""
         body = json.loads(text)
         try:
-            return cls(**{field.name: body[field.name] for field in dataclasses.fields(cls)})
+            needed = [field.name for field in dataclasses.fields(cls) if field.default is dataclasses.MISSING]
+            return cls(**{name: body[name] for name in needed}, admin_fd=body.get("admin_fd"))
         except (KeyError, TypeError) as error:
             raise ValueError(f"not a worker's post: {error!r}") from error
 

@@ -1,4 +1,4 @@
-"""The sockets of the gate: one that is bound here or was passed by systemd, and how processes hand them on.
+"""The sockets of the gate: those that are bound here or were passed by systemd, and how processes hand them on.
 
 Knows addresses and file descriptors; refuses to know who accepts.
 """
@@ -10,11 +10,12 @@ import os
 import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass
 
-from llmgate.settings import Settings
 from llmnode.service.settings import SettingError
 
 BACKLOG = 1024
+ADMIN = "admin"
 _FIRST_PASSED_FD = 3
 
 
@@ -22,11 +23,19 @@ class PortInUse(Exception):
     """Something else listens there; the message names the address."""
 
 
-def listen(settings: Settings) -> socket.socket:
-    """Bind the listening socket. Raises PortInUse, or SettingError for an address that is not this host's."""
+@dataclass(frozen=True)
+class Passed:
+    """The sockets that systemd has opened for this process: of the door, and of the admin API's own address."""
+
+    door: socket.socket | None = None
+    admin: socket.socket | None = None
+
+
+def listen(host: str, port: int) -> socket.socket:
+    """Bind a listening socket. Raises PortInUse, or SettingError for an address that is not this host's."""
     try:
         family, kind, protocol, _, found = socket.getaddrinfo(
-            settings.host, settings.port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
         )[0]
         sock = socket.socket(family, kind, protocol)
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -34,25 +43,36 @@ def listen(settings: Settings) -> socket.socket:
         sock.listen(BACKLOG)
         sock.setblocking(False)
     except OSError as error:
-        where = address(settings)
+        where = address(host, port)
         if error.errno == errno.EADDRINUSE:
             raise PortInUse(f"cannot listen on {where}: the port is in use") from error
         raise SettingError(f"cannot listen on {where}: {error.strerror}") from error
     return sock
 
 
-def passed_socket(environ: Mapping[str, str]) -> socket.socket | None:
-    """The listening socket that systemd has opened for this process, sd_listen_fds(3). Raises SettingError."""
+def passed_sockets(environ: Mapping[str, str]) -> Passed:
+    """What systemd has opened, sd_listen_fds(3): the one named "admin" (FileDescriptorName=) is the admin API's, one
+    other is the door's. Raises SettingError."""
     if environ.get("LISTEN_PID") != str(os.getpid()):
-        return None
-    count = environ.get("LISTEN_FDS")
-    if count != "1":
-        raise SettingError(f"the gate serves on one socket, and {count} were passed to it (LISTEN_FDS)")
-    return adopted(_FIRST_PASSED_FD)
+        return Passed()
+    count, names = environ.get("LISTEN_FDS", ""), environ.get("LISTEN_FDNAMES", "").split(":")
+    known = ["admin" if name == ADMIN else "door" for name in names]
+    # Nameless ones come from other programs that open sockets in systemd's way.
+    roles = known if len(known) == _number(count) else ["door"] * _number(count)
+    if not roles or len(set(roles)) < len(roles):
+        raise SettingError(
+            f"the gate serves on one socket and one more that is named {ADMIN!r}; {count or 'none'} (LISTEN_FDS) named "
+            f"{':'.join(names)!r} (LISTEN_FDNAMES) were passed to it"
+        )
+    return Passed(**{role: adopted(_FIRST_PASSED_FD + place) for place, role in enumerate(roles)})
 
 
-def address(settings: Settings) -> str:
-    return f"{settings.host}:{settings.port}"
+def _number(text: str) -> int:
+    return int(text) if text.isascii() and text.isdigit() else 0
+
+
+def address(host: str, port: int) -> str:
+    return f"{host}:{port}"
 
 
 def adopted(fd: int) -> socket.socket:

@@ -23,6 +23,8 @@ _PAUSE_BUCKETS = (0.025, 0.05, 0.1, 0.2, 0.4, 0.8, 1.5, 3, 6, 12, 25, 50, 100, 2
 _DURATION_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
 # The first is of those that went at once.
 _QUEUE_BUCKETS = (0.001, 0.01, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100, 250, 600)
+# From a file of this host to a Redis that has to be waited for.
+_STORE_BUCKETS = (0.0001, 0.00025, 0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5)
 UNKNOWN = "unknown"
 _IN_FLIGHT = "llmgate_in_flight"
 _QUEUE_LENGTH = "llmgate_queue_length"
@@ -116,6 +118,31 @@ class Metrics:
         self.usage = Counter("llmgate_usage_rows", "Requests for the usage ledger", ["outcome"], registry=self.registry)
         for outcome in ("written", "dropped"):
             self.usage.labels(outcome)
+        self.limit_refusals = Counter(
+            "llmgate_limit_refusals", "Requests over a limit of their key", ["limit"], registry=self.registry
+        )
+        self.limits_unavailable = Counter(
+            "llmgate_limits_unavailable",
+            "Requests of keys with limits while the counters could not be used",
+            ["policy"],
+            registry=self.registry,
+        )
+        self.limit_store = Histogram(
+            "llmgate_limit_store_seconds",
+            "Operations on the counters of keys with limits",
+            ["operation"],
+            buckets=_STORE_BUCKETS,
+            registry=self.registry,
+        )
+        self.limit_store_failures = Counter(
+            "llmgate_limit_store_failures", "Such operations that failed", ["operation"], registry=self.registry
+        )
+        self.closed = Counter(
+            "llmgate_connections_closed",
+            "Connections that were closed because there were too many",
+            ["reason"],
+            registry=self.registry,
+        )
         self._gauges = _Gauges(
             fleet, self.in_flight, self.waiting, self.unwritten, clock, stale_after_s, certificate_ends or {}
         )

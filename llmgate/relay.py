@@ -28,6 +28,7 @@ from typing import Protocol
 from llmgate.core.plan import Got, Kind, Outcome
 from llmgate.core.reader import Reader
 from llmgate.upstream import Answer, Late, Patience, Stalled, Unreachable, Upstream, UpstreamError
+from llmnode.service import spans
 from llmnode.wire import headers as names
 from llmnode.wire import resume
 from llmnode.wire.node import Load, Usage
@@ -40,7 +41,7 @@ _POLL_LIMIT = 4 * 1024 * 1024
 _KEEP_IDLE_S = 15.0
 """Idle connections to nodes are dropped after so long, well before the 120 s after which a node would drop them."""
 
-_FORWARD = ("content-type", "accept", "traceparent", "tracestate", "user-agent")
+_FORWARD = ("content-type", "accept", "user-agent")
 _NO_VALUE = frozenset("\r\n\0")
 """Cannot be in a header's value (RFC 9110, 5.5). Sanic lets single ones pass; such a header stays behind."""
 _RETURN = ("content-type", names.IGNORED, "x-accel-buffering", "cache-control")
@@ -86,6 +87,7 @@ class Exchange:
     content: some content is out, so that another node may only go on.
     resumable: `committed` stands for all that is out.    first_content: clock reading.    pauses: seconds in which the
     client heard nothing, between content of one node and of the next.
+    trace: the headers that say what this attempt is part of; None: the client's own go on.
     kept: the last answer or error that was read whole, not sent yet.
     heard: called when a node's answer begins, if it does not end there and then: its prompt is computed.
     busy: called with the load that a node tells of as it begins to answer.
@@ -107,6 +109,7 @@ class Exchange:
     last_content: float = 0.0
     pauses: list[float] = field(default_factory=list)
     usage: Usage | None = None
+    trace: Mapping[str, str] | None = None
     kept: Whole | None = None
     heard: Callable[[], None] = lambda: None
     busy: Callable[[Load], None] = lambda load: None
@@ -300,8 +303,10 @@ class Relay:
 
     def _headers(self, exchange: Exchange, left: float) -> list[tuple[str, str]]:
         """What goes to the node: a short list of the client's headers, and ours. `left`: seconds to the deadline."""
-        sent = [(name, exchange.headers[name]) for name in _FORWARD if name in exchange.headers]
+        forward = _FORWARD if exchange.trace else (*_FORWARD, spans.PARENT, spans.STATE)
+        sent = [(name, exchange.headers[name]) for name in forward if name in exchange.headers]
         headers = [(name, value) for name, value in sent if not _NO_VALUE.intersection(value)]
+        headers.extend((exchange.trace or {}).items())
         headers.append((names.REQUEST_ID, exchange.request_id))
         headers.append((names.DEADLINE_MS, str(max(1, int(left * 1000)))))
         headers.append((names.REPORT_USAGE, "1"))

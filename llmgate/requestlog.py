@@ -1,4 +1,5 @@
-"""The request log: one JSON line a request, in a file or on standard output. Knows nothing of what a line says."""
+"""The request log: one line a request, in a file, on standard output or in systemd's journal. Knows nothing of what a
+line says, but that the journal has its fields by name."""
 
 from __future__ import annotations
 
@@ -11,17 +12,26 @@ from collections import deque
 from collections.abc import Mapping
 from typing import Any
 
+from llmnode.service import logs
+from llmnode.service.journal import Journal
+
 log = logging.getLogger("llmgate.requestlog")
 
 GATHER_S = 0.05
 """How long a line may wait for others, in seconds."""
 _ENCODE = json.JSONEncoder(ensure_ascii=False, separators=(",", ":")).encode
+_FORMATS = {"json": _ENCODE, "logfmt": logs.logfmt}
+JOURNAL = "journal"
+_UNHEARD = frozenset({"ts", "attempts"})
+"""Fields of a line that are none in the journal: it has a clock, and nobody looks for the other."""
+_NAMES = {"id": "request_id"}
+"""Fields that the journal knows by another name, which is that of all programs' lines."""
 _PIECE = 4096
 """Bytes that reach a pipe in one piece (PIPE_BUF of pipe(7)). A file takes any one write as a whole."""
 
 
 class RequestLog:
-    """Appends one JSON line a request to a file, or to standard output, from a thread of its own.
+    """Writes one line a request to a file, to standard output or to the journal, from a thread of its own.
 
     The thread wakes at most every `GATHER_S` and writes all that came meanwhile: to wake it for each line took a tenth
     of the processor time of a request. The file is opened anew for each batch, so that it may be rotated by renaming.
@@ -29,11 +39,14 @@ class RequestLog:
     (_PIECE). When it cannot be written, lines are dropped and counted, and the log says so once; requests go on.
     """
 
-    def __init__(self, target: str, limit: int = 10_000) -> None:
-        """`target` is a path or "-". At most `limit` lines wait to be written."""
+    def __init__(self, target: str, form: str = "json", limit: int = 10_000) -> None:
+        """`target` is a path, "-" or "journal"; `form` "json" or "logfmt". At most `limit` lines wait to be
+        written."""
         self._target = target
+        self._form = _FORMATS[form]
         self._limit = limit
-        self._lines: deque[bytes] = deque()
+        self._journal = Journal("llmgate") if target == JOURNAL else None
+        self._lines: deque[Mapping[str, Any]] = deque()
         self._filled, self._closing = threading.Event(), threading.Event()
         self.dropped = 0
         self._failing = False
@@ -45,7 +58,7 @@ class RequestLog:
         if len(self._lines) >= self._limit:
             self.dropped += 1
             return
-        self._lines.append(_ENCODE(line).encode() + b"\n")
+        self._lines.append(line)
         if not self._filled.is_set():
             self._filled.set()
 
@@ -65,18 +78,23 @@ class RequestLog:
             if lines:
                 self._append(lines)
 
-    def _append(self, lines: list[bytes]) -> None:
+    def _append(self, lines: list[Mapping[str, Any]]) -> None:
+        left = len(lines)
         try:
-            if self._target == "-":
-                _write_whole(sys.stdout.fileno(), lines)
+            if self._journal:
+                for line in lines:
+                    self._journal.send(self._form(line), logs.priority(logging.INFO), _fields(line))
+                    left -= 1
+            elif self._target == "-":
+                self._write(sys.stdout.fileno(), lines)
             else:
                 out = os.open(self._target, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o666)
                 try:
-                    _write_whole(out, lines)
+                    self._write(out, lines)
                 finally:
                     os.close(out)
         except OSError as error:
-            self.dropped += len(lines)
+            self.dropped += left
             if not self._failing:
                 log.error("cannot write the request log %s: %s; requests go on unlogged", self._target, error.strerror)
             self._failing = True
@@ -84,6 +102,13 @@ class RequestLog:
         if self._failing:
             log.warning("the request log can be written again; %d lines were lost", self.dropped)
         self._failing = False
+
+    def _write(self, out: int, lines: list[Mapping[str, Any]]) -> None:
+        _write_whole(out, [self._form(line).encode("utf-8", "backslashreplace") + b"\n" for line in lines])
+
+
+def _fields(line: Mapping[str, Any]) -> dict[str, Any]:
+    return {_NAMES.get(name, name): value for name, value in line.items() if name not in _UNHEARD}
 
 
 def _write_whole(out: int, lines: list[bytes]) -> None:

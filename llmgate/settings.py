@@ -7,6 +7,7 @@ for.
 from __future__ import annotations
 
 import ipaddress
+import re
 import ssl
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -17,9 +18,12 @@ from llmgate.database import Database, check_url
 from llmgate.listing import Listing
 from llmnode.service import tls
 from llmnode.service.settings import Loaded, SettingError, load, setting
+from llmnode.service.traces import Receiver
 
 PREFIX = "LLMGATE_"
 _MIN_TOKEN = 24
+_ORIGIN = re.compile(r"[a-z][a-z0-9+.-]*://(?:[a-z0-9._-]+|\[[0-9a-f:.]+\])(?::[0-9]{1,5})?")
+"""A scheme, a host and a port, in lower case, as browsers send them (RFC 6454, 6.2); no path."""
 
 
 @dataclass(frozen=True)
@@ -28,8 +32,12 @@ class Settings:
 
     host: str = setting("127.0.0.1", "address to listen on")
     port: int = setting(8000, "port to listen on", minimum=1, maximum=65535)
+    admin_listen: str = setting(
+        "",
+        "a second address, HOST:PORT: everything is answered there, and /admin only there; none: on the first one",
+    )
     tls_cert_file: Path | None = setting(
-        None, "PEM file with the gate's certificate and its chain: it listens with TLS; read again on SIGHUP"
+        None, "PEM file with the gate's certificate and its chain: it listens with TLS; read again when it changes"
     )
     tls_key_file: Path | None = setting(None, "PEM file with the private key of that certificate")
     node_ca_file: Path | None = setting(
@@ -100,6 +108,22 @@ class Settings:
     )
     drain_seconds: float = setting(60.0, "on SIGTERM, how long running requests may go on", unit="seconds", minimum=0)
     body_limit_bytes: int = setting(16 * 1024 * 1024, "largest request body", unit="bytes", minimum=1024)
+    head_limit_bytes: int = setting(
+        8192, "largest head of a request: its line and its headers", unit="bytes", minimum=1024, maximum=16384
+    )
+    connections_limit: int = setting(
+        0,
+        "clients' connections that a worker has at the same time; over it those without a request give way; 0: half of "
+        "the open files that it may have",
+        minimum=0,
+    )
+    connections_per_address: int = setting(
+        0, "of these, from one address (of IPv6 one /64); new ones over it are reset; 0: any number", minimum=0
+    )
+    cors_origins: tuple[str, ...] = setting(
+        (),
+        "origins whose pages may use the API in a browser, such as https://chat.example.org; * for any, but for /admin",
+    )
     require_keys: bool = setting(True, "refuse requests without an API key; the admin API always wants an admin key")
     usage: bool = setting(True, "keep what each request used in the database, for reports and budgets")
     usage_retention_days: int = setting(
@@ -108,7 +132,39 @@ class Settings:
     gates: int = setting(
         1, "gates that share keys and their limits; more than one need one database", minimum=1, maximum=1000
     )
-    request_log: str = setting("-", "file for one JSON line a request; - is standard output")
+    default_max_tokens: int = setting(
+        1024,
+        "tokens of an answer that count against its key's limits until it has ended, where the client names no maximum",
+        minimum=1,
+    )
+    budget_hour: int = setting(
+        0, "hour of the day, UTC, at which days and months of token budgets begin", minimum=0, maximum=23
+    )
+    redis_url_file: Path | None = setting(
+        None,
+        "file whose first line is redis://:PASSWORD@HOST:6379/0, to count there what keys use; several gates need it",
+    )
+    limits_when_down: str = setting(
+        "closed",
+        "while it cannot be counted what keys use, those with limits are refused (closed) or go uncounted (open)",
+        choices=("closed", "open"),
+    )
+    request_log: str = setting(
+        "-", "where one line a request goes: a file, - for standard output, journal for systemd's, with fields"
+    )
+    request_log_format: str = setting("json", "how a line of it is written", choices=("json", "logfmt"))
+    otlp_endpoint: str = setting(
+        "", "base URL of who collects traces (OTLP over HTTP, http://HOST:4318); none: there are no traces"
+    )
+    otlp_headers_file: Path | None = setting(
+        None, "file with headers for it, NAME=VALUE lines: a token, where it asks for one"
+    )
+    traces_sample_ratio: float = setting(
+        1.0,
+        "of the traces that begin here, how many are recorded; clients decide of those that they begin",
+        minimum=0,
+        maximum=1,
+    )
     log_level: str = setting("info", "least level that is logged", choices=("debug", "info", "warning", "error"))
     log_format: str = setting("text", "log lines for people or machines", choices=("text", "json"))
 
@@ -120,17 +176,58 @@ def read(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = No
 
 def usable(settings: Settings) -> tuple[str, Listing, Path]:
     """What a start reads from the files that the settings name: the fleet token, the nodes, the state folder; and the
-    certificates, which are only tried. Raises SettingError."""
+    certificates and what traces take, which are only tried. Raises SettingError."""
     found = read_fleet_token(settings), read_nodes(settings), state_dir(settings)
     database(settings)
+    redis_url(settings)
     door_context(settings)
     node_context(settings)
+    if settings.otlp_endpoint:
+        receiver(settings).check()
+    admin_address(settings)
+    check_origins(settings)
     return found
+
+
+def receiver(settings: Settings) -> Receiver:
+    """Who collects traces."""
+    return Receiver(settings.otlp_endpoint, settings.otlp_headers_file, settings.traces_sample_ratio)
+
+
+def admin_address(settings: Settings) -> tuple[str, int] | None:
+    """The host and port of the admin API's own address; None without one. Raises SettingError."""
+    text = settings.admin_listen
+    if not text:
+        return None
+    host, _, port = text.rpartition(":")
+    bracketed = host.startswith("[") and host.endswith("]")
+    if bracketed:
+        host = host[1:-1]
+    if not host or (":" in host and not bracketed) or not (port.isascii() and port.isdigit() and 0 < int(port) < 65536):
+        raise SettingError(f"admin_listen must be HOST:PORT or [IPV6]:PORT, got {text!r}")
+    return host, int(port)
+
+
+def check_origins(settings: Settings) -> None:
+    """Raise SettingError for what no browser sends as an origin."""
+    for origin in settings.cors_origins:
+        if origin != "*" and not _ORIGIN.fullmatch(origin):
+            raise SettingError(
+                f"cors_origins must be * or origins such as https://chat.example.org:8443, got {origin!r}"
+            )
+
+
+def door_files(settings: Settings) -> tls.Files:
+    return tls.Files(settings.tls_cert_file, settings.tls_key_file)
+
+
+def node_files(settings: Settings) -> tls.Files:
+    return tls.Files(settings.node_cert_file, settings.node_key_file, settings.node_ca_file)
 
 
 def door_context(settings: Settings) -> ssl.SSLContext | None:
     """What the gate listens with; None for plain HTTP. Raises SettingError."""
-    return tls.server(tls.Files(settings.tls_cert_file, settings.tls_key_file))
+    return tls.server(door_files(settings))
 
 
 def certificate_ends(settings: Settings, door: ssl.SSLContext | None) -> dict[str, float | None]:
@@ -142,7 +239,7 @@ def certificate_ends(settings: Settings, door: ssl.SSLContext | None) -> dict[st
 
 def node_context(settings: Settings) -> ssl.SSLContext | None:
     """What the gate connects to https:// nodes with; None for the system's authorities. Raises SettingError."""
-    return tls.client(tls.Files(settings.node_cert_file, settings.node_key_file, settings.node_ca_file))
+    return tls.client(node_files(settings))
 
 
 def state_dir(settings: Settings) -> Path:
@@ -166,6 +263,22 @@ def database(settings: Settings) -> Database:
         raise SettingError(f"cannot read the database URL file {path}: it is not text") from None
     except ValueError as error:
         raise SettingError(f"database URL file {path}: its first line cannot be used: {error}") from None
+
+
+def redis_url(settings: Settings) -> str:
+    """Where keys' counters are kept, "" for a file of this host. Raises SettingError, which never repeats the URL."""
+    path = settings.redis_url_file
+    if path is None:
+        return ""
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "it is not text"
+        raise SettingError(f"cannot read the Redis URL file {path}: {reason}") from None
+    url = lines[0].strip() if lines else ""
+    if not url.startswith(("redis://", "rediss://", "unix://")):
+        raise SettingError(f"Redis URL file {path}: its first line must begin with redis://, rediss:// or unix://")
+    return url
 
 
 def read_nodes(settings: Settings) -> Listing:

@@ -1,4 +1,4 @@
-"""The first process of `llmgate serve`: owns the listening socket and the workers that accept on it.
+"""The first process of `llmgate serve`: owns the listening sockets and the workers that accept on them.
 
 All workers accept from one socket. With a socket each (SO_REUSEPORT) the kernel would spread connections more evenly,
 but those that wait on a socket are reset when it is closed; what waits on a shared one is taken by whoever is left.
@@ -7,7 +7,7 @@ Starting and replacing are the same steps; the rules are in core/crew.py:
 
     SIGHUP -> read the settings -> start new workers from the release that is installed now -> all ready
            -> they serve, the old ones leave -> this process becomes the new release, too (exec: same process id,
-              same socket, same children)
+              same sockets, same children)
 
 and at any step before the last the old workers go on if something is wrong. SIGTERM and SIGINT end the gate, twice at
 once. A socket that systemd has opened (LISTEN_FDS) outlives this process: then connections that come while the gate
@@ -41,7 +41,7 @@ from llmgate.core import crew as rules
 from llmgate.core.crew import Crew, Generation, State, Vacancy, Worker
 from llmgate.database import Database
 from llmgate.line import Line, News, Post
-from llmgate.listener import PortInUse, address, adopted, inheritable, listen, passed_socket
+from llmgate.listener import PortInUse, address, adopted, inheritable, listen, passed_sockets
 from llmgate.settings import Settings
 from llmnode.service import logs
 from llmnode.service.notify import Notifier
@@ -93,7 +93,7 @@ class Edition:
 
     Pinned, so that a worker that is started again later is the same as the others: `command` names a release, and the
     flag `config` a copy of the settings file. `held` is the address that this process has bound, empty when the socket
-    was passed to it.
+    was passed to it; `admin_fd` and `admin_held` are the same of the admin API's own address, None where it has none.
     """
 
     generation: Generation
@@ -103,6 +103,20 @@ class Edition:
     listen_fd: int
     log_level: str
     log_format: str
+    admin_fd: int | None = None
+    admin_held: str | None = None
+
+    def fds(self) -> tuple[int, ...]:
+        """What its workers listen on."""
+        return (self.listen_fd,) if self.admin_fd is None else (self.listen_fd, self.admin_fd)
+
+
+@dataclass(frozen=True)
+class Place:
+    """A socket that listens, and the address that this process has bound it to; empty when it was passed."""
+
+    socket: socket.socket
+    held: str
 
 
 @dataclass
@@ -121,7 +135,7 @@ class Estate:
 
     folder: Path
     edition: Edition
-    socket: socket.socket
+    sockets: tuple[socket.socket, ...]
     crew: Crew
     peers: dict[int, Peer]
     again: bool
@@ -132,7 +146,7 @@ def serve(invocation: Invocation) -> int:
     environ = dict(os.environ)
     estate = _inherited(environ)
     if estate:
-        logs.setup(estate.edition.log_level, estate.edition.log_format)
+        logs.setup(estate.edition.log_level, estate.edition.log_format, "llmgate")
         log.info("release %s goes on with %d workers", release(), len(estate.peers))
     else:
         estate = _founded(invocation, environ)
@@ -150,7 +164,7 @@ class Supervisor:
         self._notifier = Notifier(environ)
         self._folder = estate.folder
         self._crew, self._peers = estate.crew, estate.peers
-        self._sockets = {estate.edition.listen_fd: estate.socket}
+        self._sockets = {sock.fileno(): sock for sock in estate.sockets}
         self._editions = {estate.edition.generation.number: estate.edition}
         self._again = estate.again
         self._swapped = False
@@ -235,12 +249,22 @@ class Supervisor:
     def _next_edition(self, number: int) -> Edition:
         """Raises SettingError, PortInUse or OSError, and has then changed nothing."""
         loaded = _checked(self._invocation)
-        serving = self._serving()
-        held, sock = serving.held, self._sockets[serving.listen_fd]
-        if held and held != address(loaded.values):
-            held, sock = address(loaded.values), listen(loaded.values)
-            self._sockets[sock.fileno()] = sock
-        return _edition(self._invocation, loaded, number, self._folder, held, sock)
+        settings, serving = loaded.values, self._serving()
+        door = self._place(serving.listen_fd, serving.held, (settings.host, settings.port))
+        wanted, admin = configuration.admin_address(settings), None
+        if wanted:
+            admin = self._place(serving.admin_fd, serving.admin_held, wanted)
+        elif serving.admin_held == "":
+            raise SettingError("admin_listen is not set, and systemd's socket for it stays until the gate is restarted")
+        return _edition(self._invocation, loaded, number, self._folder, door, admin)
+
+    def _place(self, fd: int | None, held: str | None, wanted: tuple[str, int]) -> Place:
+        """The socket that there is, unless this process has bound it to another address than the wanted one."""
+        if fd is not None and held in ("", address(*wanted)):
+            return Place(self._sockets[fd], held or "")
+        sock = listen(*wanted)
+        self._sockets[sock.fileno()] = sock
+        return Place(sock, address(*wanted))
 
     def _feed(self, event: rules.Event) -> None:
         self._crew, orders = self._crew.step(event)
@@ -272,13 +296,14 @@ class Supervisor:
         if edition is None:
             return  # refused in the same step: the worker before this one could not be started
         ours, theirs = line.pair()
-        post = Post(spawn.place, spawn.generation, edition.listen_fd, theirs.fileno(), str(self._folder))
+        folder, line_fd = str(self._folder), theirs.fileno()
+        post = Post(spawn.place, spawn.generation, edition.listen_fd, line_fd, folder, edition.admin_fd)
         flags = [f"--{name.replace('_', '-')}={value}" for name, value in edition.flags.items()]
         command = [*edition.command, "worker", post.text(), *flags]
         environ = {name: value for name, value in self._environ.items() if name not in _OURS_ALONE}
         environ[figures.ENVIRONMENT] = str(self._folder)
         try:
-            with theirs, inheritable(edition.listen_fd, theirs.fileno()):
+            with theirs, inheritable(*edition.fds(), line_fd):
                 pid = os.posix_spawn(command[0], command, environ)
         except OSError as error:
             ours.close()
@@ -362,7 +387,7 @@ class Supervisor:
     def _drop(self, number: int) -> None:
         """Forget an edition, and the socket that no other one listens on."""
         edition = self._editions.pop(number, None)
-        used = {other.listen_fd for other in self._editions.values()}
+        used = {fd for other in self._editions.values() for fd in other.fds()}
         for fd in [fd for fd in self._sockets if fd not in used]:
             self._sockets.pop(fd).close()
         if edition and "config" in edition.flags:
@@ -397,7 +422,7 @@ class Supervisor:
             handover = self._folder / "handover.json"
             handover.write_text(json.dumps(self._handed_over()))
             arguments = [*self._invocation.command, *self._invocation.arguments]
-            with inheritable(self._serving().listen_fd, *(peer.line.fileno() for peer in self._peers.values())):
+            with inheritable(*self._serving().fds(), *(peer.line.fileno() for peer in self._peers.values())):
                 os.execve(arguments[0], arguments, {**self._environ, _HANDOVER: str(handover)})
         except OSError as error:
             log.error("cannot become the new release, this one goes on: %s", error)
@@ -436,14 +461,23 @@ class Signals:
 
 def _founded(invocation: Invocation, environ: Mapping[str, str]) -> Estate:
     loaded = _checked(invocation)
-    logs.setup(loaded.values.log_level, loaded.values.log_format)
-    passed = passed_socket(environ)
-    sock = passed or listen(loaded.values)
+    logs.setup(loaded.values.log_level, loaded.values.log_format, "llmgate")
+    passed, settings = passed_sockets(environ), loaded.values
+    wanted = configuration.admin_address(settings)
+    if passed.admin and not wanted:
+        raise SettingError("admin_listen is not set, and systemd has opened a socket for it")
+    door = _opened(passed.door, (settings.host, settings.port))
+    admin = _opened(passed.admin, wanted) if wanted else None
     # Not left to the workers: when several turn a new database to WAL at once, one may find it locked.
-    _apart(_prepare, configuration.database(loaded.values))
+    _apart(_prepare, configuration.database(settings))
     folder = Path(tempfile.mkdtemp(prefix="llmgate-"))
-    held = "" if passed else address(loaded.values)
-    return Estate(folder, _edition(invocation, loaded, 1, folder, held, sock), sock, Crew(), {}, again=False)
+    edition = _edition(invocation, loaded, 1, folder, door, admin)
+    sockets = (door.socket, admin.socket) if admin else (door.socket,)
+    return Estate(folder, edition, sockets, Crew(), {}, again=False)
+
+
+def _opened(passed: socket.socket | None, wanted: tuple[str, int]) -> Place:
+    return Place(passed, "") if passed else Place(listen(*wanted), address(*wanted))
 
 
 def _prepare(where: Database) -> None:
@@ -473,7 +507,8 @@ def _inherited(environ: dict[str, str]) -> Estate | None:
         vacancies=tuple(_made(Vacancy, vacancy) for vacancy in body["crew"]["vacancies"]),
     )
     peers = {int(pid): Peer(Line(adopted(peer["fd"])), peer["status"]) for pid, peer in body["peers"].items()}
-    return Estate(Path(body["folder"]), edition, adopted(edition.listen_fd), crew, peers, bool(body["again"]))
+    sockets = tuple(adopted(fd) for fd in edition.fds())
+    return Estate(Path(body["folder"]), edition, sockets, crew, peers, bool(body["again"]))
 
 
 def _made(kind: type[T], body: Mapping[str, Any], **changed: Any) -> T:
@@ -490,7 +525,7 @@ def _checked(invocation: Invocation) -> Loaded[Settings]:
 
 
 def _edition(
-    invocation: Invocation, loaded: Loaded[Settings], number: int, folder: Path, held: str, sock: socket.socket
+    invocation: Invocation, loaded: Loaded[Settings], number: int, folder: Path, door: Place, admin: Place | None
 ) -> Edition:
     settings, flags = loaded.values, dict(invocation.flags)
     if loaded.path:
@@ -498,7 +533,17 @@ def _edition(
         copy.write_bytes(loaded.path.read_bytes())
         flags["config"] = str(copy)
     generation = Generation(number, settings.workers, settings.drain_seconds)
-    return Edition(generation, invocation.pinned(), flags, held, sock.fileno(), settings.log_level, settings.log_format)
+    return Edition(
+        generation,
+        invocation.pinned(),
+        flags,
+        door.held,
+        door.socket.fileno(),
+        settings.log_level,
+        settings.log_format,
+        admin.socket.fileno() if admin else None,
+        admin.held if admin else None,
+    )
 
 
 def _signal_name(number: int) -> str:

@@ -38,6 +38,7 @@ from llmnode.api.foreign import Foreign
 from llmnode.api.pooling import Pooling
 from llmnode.api.preparing import Served
 from llmnode.api.serving import Serving
+from llmnode.api.trace import Ended, Journey
 from llmnode.chat.renderer import Renderer
 from llmnode.engine.backend import Backend, FatalEngineError, ModelLoadError, Room
 from llmnode.engine.fake import FakeBackend
@@ -46,13 +47,14 @@ from llmnode.engine.loop import Engine, Limits
 from llmnode.engine.pooling import PoolingBackend, PoolingEngine, PoolingEvent, PoolingLimits, PoolingSink
 from llmnode.engine.snapshot import Snapshot
 from llmnode.engine.types import Event, ModelInfo, Sink
-from llmnode.service import tls
+from llmnode.service import spans, tls, traces
 from llmnode.service.confined import Limits as WorkLimits
 from llmnode.service.confined import StartError
 from llmnode.service.connection import Connection
 from llmnode.service.notify import Notifier
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError
+from llmnode.service.traces import Traces
 from llmnode.settings import HANDBOOK, Settings
 from llmnode.wire import dialect, headers, resume
 from llmnode.wire.errors import ApiError
@@ -111,7 +113,8 @@ def run(
     """
     settings = loaded.values
     executor = ThreadPoolExecutor(max_workers=_PREPARING, thread_name_prefix="prompt")
-    serving = Serving(settings, release=release(), config=loaded.digest, executor=executor)
+    told = traces.start(settings.receiver, name="llmnode", version=release(), **{"instance.id": settings.name})
+    serving = Serving(settings, release=release(), config=loaded.digest, executor=executor, traces=told)
     app = _app(serving, token)
     life = Life(app, serving, Notifier(), context, template)
     app.after_server_start(life.begin)
@@ -126,6 +129,8 @@ def run(
         debug=False,
     )
     executor.shutdown(wait=False, cancel_futures=True)
+    if told:
+        told.close()
     return life.exit
 
 
@@ -220,6 +225,7 @@ class NodeApp(Sanic[Config, SimpleNamespace]):
         serving: Serving = self.ctx.serving
         began = serving.clock()
         request.ctx.meter = None
+        request.ctx.journey = _journey(serving.traces, request) if serving.traces else None
         request.ctx.request_id = _request_id(request.headers.get(headers.REQUEST_ID))
         request.ctx.status = CLIENT_LEFT  # until there is an answer
         if request.path == resume.PATH and request.stream is not None:
@@ -231,7 +237,7 @@ class NodeApp(Sanic[Config, SimpleNamespace]):
             request.ctx.status = CLIENT_LEFT
             raise
         finally:
-            _account(serving, request, serving.clock() - began)
+            _account(serving, request, began)
 
 
 def _llama_options(settings: Settings, path: Path) -> LlamaOptions:
@@ -614,10 +620,21 @@ def _request_id(given: str | None) -> str:
     return f"req-{uuid.uuid4().hex}"
 
 
-def _account(serving: Serving, request: Request, seconds: float) -> None:
-    """Count the request and write its line. Unknown paths share one label, so that nobody can grow the registry."""
+def _journey(traces: Traces, request: Request) -> Journey | None:
+    """What is to be told of a request, None where nothing is. Gates' polls are GETs, and no part of any trace."""
+    if request.method != "POST":
+        return None
+    own, parent = traces.context(request.headers.get(spans.PARENT), request.headers.get(spans.STATE))
+    return Journey(own, parent, traces.id, request.path) if own.sampled else None
+
+
+def _account(serving: Serving, request: Request, began: float) -> None:
+    """Count the request, write its line and tell its trace. Unknown paths share one label, so that nobody can grow the
+    registry."""
     route = request.route.path if request.route else "unknown"
     route = "/" + route.lstrip("/") if request.route else route
+    now = serving.clock()
+    seconds = now - began
     serving.metrics.requests.labels(route, str(request.ctx.status)).inc()
     serving.metrics.request_seconds.labels(route).observe(seconds)
     fields: dict[str, Any] = {
@@ -635,6 +652,10 @@ def _account(serving: Serving, request: Request, seconds: float) -> None:
             fields["prompt_tokens"] = meter.usage.prompt_tokens
             fields["cached_tokens"] = meter.usage.cached_tokens
             fields["completion_tokens"] = meter.usage.completion_tokens
+    journey, status = request.ctx.journey, request.ctx.status
+    if journey and serving.traces and status != 401:
+        about = Ended(route, request.ctx.request_id, status, began, now, serving.wall() - now)
+        serving.traces.say(journey.spans(about, meter))
     level = logging.DEBUG if request.path in QUIET_PATHS else logging.INFO
     access.log(level, "request", extra={"fields": fields})
 

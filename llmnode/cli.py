@@ -113,7 +113,7 @@ def _serve(
     except OSError as error:
         reason = "it is in use" if error.errno == errno.EADDRINUSE else error.strerror
         return _complain(f"cannot listen on port {settings.port} of {settings.host}: {reason}", app.Exit.PORT)
-    logs.setup(settings.log_level, settings.log_format)
+    logs.setup(settings.log_level, settings.log_format, "llmnode")
     try:
         code = app.run(loaded, sock, token, context, template)
     except KeyboardInterrupt:

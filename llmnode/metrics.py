@@ -126,18 +126,25 @@ class Metrics:
 
 
 class Meter:
-    """Follows the events of one request's choices. `first_token_s` and `usage` are for the log, None until known."""
+    """Follows the events of one request's choices. What is known of it is for the log and for traces.
+
+    began: on the clock.    first_token_s: seconds from then, None until known.    usage: None until all have ended.
+    ends: how choices ended, of those that did.    pooled_s: seconds that vectors waited and took, None for an answer.
+    error: the code of what ended it badly, "" for nothing.
+    """
 
     def __init__(self, metrics: Metrics, clock: Callable[[], float], choices: int, prompts: int) -> None:
         self._metrics = metrics
         self._clock = clock
         self._choices = choices
         self._prompts = prompts
-        self._began = clock()
+        self.began = clock()
         self._last: dict[int, float] = {}
-        self._usages: dict[int, Usage] = {}
+        self.ends: dict[int, Done] = {}
         self.first_token_s: float | None = None
         self.usage: Usage | None = None
+        self.pooled_s: tuple[float, float] | None = None
+        self.error = ""
 
     def observe(self, choice: int, event: Event) -> None:
         if isinstance(event, Text):
@@ -149,21 +156,23 @@ class Meter:
                 for _ in range(tokens):
                     self._metrics._between.observe((now - last) / tokens)
             elif self.first_token_s is None:
-                self.first_token_s = now - self._began
+                self.first_token_s = now - self.began
                 self._metrics._first.observe(self.first_token_s)
         elif isinstance(event, Done):
             self._metrics._queued.observe(event.queued_s)
-            self._usages[choice] = event.usage
-            if len(self._usages) == self._choices:
-                self.usage = total(self._usages, self._prompts)
+            self.ends[choice] = event
+            if len(self.ends) == self._choices:
+                self.usage = total({index: end.usage for index, end in self.ends.items()}, self._prompts)
                 self._metrics.count(self.usage)
         else:
             assert isinstance(event, Failed)
+            self.error = event.error.code or "failed"
 
     def pooled(self, pooled: Pooled) -> None:
         """The request was for vectors, and these are they."""
         self._metrics._queued.observe(pooled.queued_s)
         self.usage = Usage(prompt_tokens=pooled.tokens)
+        self.pooled_s = pooled.queued_s, pooled.compute_s
         self._metrics.count(self.usage)
 
 

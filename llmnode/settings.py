@@ -12,6 +12,7 @@ from pathlib import Path
 
 from llmnode.service import tls
 from llmnode.service.settings import Loaded, SettingError, load, setting
+from llmnode.service.traces import Receiver
 
 PREFIX = "LLMNODE_"
 CACHE_TYPES = ("f16", "bf16", "f32", "q8_0", "q5_1", "q5_0", "q4_1", "q4_0")
@@ -134,6 +135,18 @@ class Settings:
     strict_fields: bool = setting(
         False, "refuse request fields that have no effect, where they are otherwise named only"
     )
+    otlp_endpoint: str = setting(
+        "", "base URL of who collects traces (OTLP over HTTP, http://HOST:4318); none: there are no traces"
+    )
+    otlp_headers_file: Path | None = setting(
+        None, "file with headers for it, NAME=VALUE lines: a token, where it asks for one"
+    )
+    traces_sample_ratio: float = setting(
+        1.0,
+        "of the traces that begin here, how many are recorded; of those that a gate begins, it decides",
+        minimum=0,
+        maximum=1,
+    )
     log_level: str = setting(
         "info", "least severe message that is logged", choices=("debug", "info", "warning", "error")
     )
@@ -142,6 +155,11 @@ class Settings:
     @property
     def tls(self) -> tls.Files:
         return tls.Files(self.tls_cert_file, self.tls_key_file, self.tls_client_ca_file)
+
+    @property
+    def receiver(self) -> Receiver:
+        """Who collects traces."""
+        return Receiver(self.otlp_endpoint, self.otlp_headers_file, self.traces_sample_ratio)
 
     @property
     def served_id(self) -> str:
@@ -167,6 +185,8 @@ def read(flags: Mapping[str, str | None], environ: Mapping[str, str] | None = No
 def _check(settings: Settings) -> None:
     if settings.fleet_token_file is None and not _is_loopback(settings.host):
         raise SettingError(f"fleet_token_file must be set, since other machines can reach host {settings.host}")
+    if settings.otlp_endpoint:
+        settings.receiver.check()
     if settings.kv_cells and settings.n_ctx and settings.kv_cells < settings.n_ctx:
         raise SettingError(f"kv_cells ({settings.kv_cells}) must not be below n_ctx ({settings.n_ctx})")
     if settings.n_batch < settings.slots:

@@ -1,9 +1,9 @@
 """One request for an answer, from the door to the log.
 
-Its life, in the order of the code: who asks -> what for -> which nodes -> its turn, when one has room -> attempts and
-waits, as the plan says -> written down. The body is read once, for the model's name, the prompt's chain and whether a
-stream is wanted; the bytes themselves go to the node as they came, but for the model's name where the nodes know it by
-another.
+Its life, in the order of the code: who asks -> what for -> which nodes -> what its key may still use -> its turn, when
+one has room -> attempts and waits, as the plan says -> what it used -> written down. The body is read once, for the
+model's name, the prompt's chain and whether a stream is wanted; the bytes themselves go to the node as they came, but
+for the model's name where the nodes know it by another.
 
 Decides nothing about nodes: `core/policy.py` ranks them, `waiting.py` says when to begin and `core/plan.py` whom to ask
 next. Here is what those decisions take: clock, dice, the fleet as it is now, and time to wait.
@@ -19,9 +19,11 @@ from typing import Any
 
 from sanic import HTTPResponse, Request
 
+from llmgate.allowances import Allowance, Allowances
 from llmgate.api.door import Door, request_id
 from llmgate.core import body as bodies
 from llmgate.core import evidence, keys, plan, policy
+from llmgate.core.demand import demand, prompt_tokens, spent
 from llmgate.core.fleet import Begun, Dispatched, Finished, Fleet, Node, Told, View
 from llmgate.core.keys import Key, require_model
 from llmgate.core.plan import Kind, Look, Outcome, Seen, Try, Verdict
@@ -31,11 +33,14 @@ from llmgate.core.prompt import Prompt
 from llmgate.core.queue import Priority
 from llmgate.core.record import Record
 from llmgate.core.seats import Seat, heirs, origin_of, seats
+from llmgate.core.trace import Journey, Leg
 from llmgate.metrics import UNKNOWN, Metrics
 from llmgate.relay import Exchange, Relay, Whole
 from llmgate.requestlog import RequestLog
 from llmgate.settings import Settings
 from llmgate.waiting import NobodyReady, Turn, TurnedAway, Visit, Waiting
+from llmnode.service import spans
+from llmnode.service.traces import Traces
 from llmnode.wire import dialect
 from llmnode.wire import headers as names
 from llmnode.wire.errors import ApiError, DeadlineExceeded, InvalidRequest, Overloaded
@@ -92,7 +97,7 @@ class _Talk:
     """What is at hand while one request is being answered.
 
     body: as it came.    choice: what the policy said of the last look at the fleet, of nodes to begin with; heirs: of
-    those that may go on, once something has begun.    turn: once it has one.
+    those that may go on, once something has begun.    turn: once it has one.    journey: of one that is traced.
     """
 
     ask: Ask
@@ -103,6 +108,7 @@ class _Talk:
     record: Record
     heirs: Choice | None = None
     turn: Turn | None = None
+    journey: Journey | None = None
 
 
 class Conversations:
@@ -116,16 +122,19 @@ class Conversations:
         view: View,
         relay: Relay,
         waiting: Waiting,
+        allowances: Allowances,
         request_log: RequestLog,
         note: Callable[[Mapping[str, Any]], None],
         metrics: Metrics,
+        traces: Traces | None,
         clock: Callable[[], float],
         wall: Callable[[], float],
         dice: Callable[[], int],
     ) -> None:
         self._settings = settings
         self._door, self._view, self._relay, self._waiting = door, view, relay, waiting
-        self._log, self._note, self._metrics = request_log, note, metrics
+        self._allowances = allowances
+        self._log, self._note, self._metrics, self._traces = request_log, note, metrics, traces
         self._clock, self._wall, self._dice = clock, wall, dice
         self._may_wait = settings.ready_wait_s > 0 and settings.queue_limit > 0
 
@@ -133,14 +142,21 @@ class Conversations:
         """Answer one request; None when the answer was streamed. Raises ApiError before the first byte."""
         record = Record(request_id(request), request.path, self._clock())
         client = _Client(request)
+        journey = self._journey(request) if self._traces else None
         try:
             with self._door.inside():
-                return await self._answer(request, kinds, client, record)
+                return await self._answer(request, kinds, client, record, journey)
         except BaseException as error:
             record.ended(*self._ended_by(error, client))
             raise
         finally:
-            self._write(record)
+            self._write(record, journey)
+
+    def _journey(self, request: Request) -> Journey:
+        assert self._traces is not None, "asked for only where traces are recorded"
+        sent = request.headers
+        own, parent = self._traces.context(sent.get(spans.PARENT), sent.get(spans.STATE))
+        return Journey(own, parent, self._traces.id)
 
     def _ended_by(self, error: BaseException, client: _Client) -> tuple[int, str]:
         """The one place that says how a request ended that was not answered to its end -> (status, end).
@@ -155,7 +171,12 @@ class Conversations:
         return (status, "client_left") if isinstance(error, asyncio.CancelledError) else (500, "failed")
 
     async def _answer(
-        self, request: Request, kinds: frozenset[str], client: _Client, record: Record
+        self,
+        request: Request,
+        kinds: frozenset[str],
+        client: _Client,
+        record: Record,
+        journey: Journey | None,
     ) -> HTTPResponse | None:
         key = self._door.who(request)
         record.key = key.name
@@ -184,13 +205,26 @@ class Conversations:
             deadline=record.arrived + self._settings.request_timeout_s,
             sent=record.arrived,
         )
-        talk = _Talk(ask, request.body, choice, exchange, client, record)
+        talk = _Talk(ask, request.body, choice, exchange, client, record, journey=journey)
+        prompt = prompt_tokens(choice, len(request.body))
+        allowance = await self._allow(key, body, request.path, choice, prompt)
+        request.ctx.rate = allowance.headers
+        turned_away = False
         try:
             verdict = await self._in_turn(talk, priority)
+            turned_away = verdict.error is not None and not record.attempts
         finally:
             record.usage, record.first_content = exchange.usage, exchange.first_content
+            used = spent(exchange.usage, exchange.got(), prompt, allowance.hold)
+            await self._allowances.settle(allowance, used, 0 if turned_away else 1)
         request.ctx.spent = verdict.spent
         return await self._conclude(verdict, talk)
+
+    async def _allow(self, key: Key, body: Mapping[str, Any], path: str, choice: Choice, prompt: int) -> Allowance:
+        """Reserve what the request may use of its key's limits. Raises OverLimit and LimitsUnavailable."""
+        n_ctx = max((candidate.n_ctx for candidate in choice.ranked), default=0)
+        most = self._settings.default_max_tokens
+        return await self._allowances.reserve(key, demand(body, path, prompt, default_max=most, n_ctx=n_ctx))
 
     def _fixed(self) -> Fixed:
         """What would otherwise differ between the nodes that one answer may come from."""
@@ -221,14 +255,19 @@ class Conversations:
             rank=lambda: self._choose(talk.ask),
             beat=lambda: self._keep_awake(talk),
         )
+        came = self._clock()
         try:
             async with self._waiting.turn(visit) as turn:
                 talk.turn, talk.choice = turn, turn.choice
+                if talk.journey:
+                    talk.journey.queued = came, self._clock()
                 talk.record.queued, talk.record.route = turn.waited, turn.choice.why
                 self._metrics.queued.labels(visit.model).observe(turn.waited)
                 self._metrics.routed.labels(turn.choice.policy, turn.choice.reason).inc()
                 return await self._carry_out(talk)
         except TurnedAway as error:
+            if talk.journey:
+                talk.journey.queued = came, self._clock()
             self._metrics.turned_away.labels(visit.model, error.reason).inc()
             return Verdict(error=error)
         except NobodyReady as error:
@@ -283,15 +322,25 @@ class Conversations:
         if not step.resume:
             talk.client.node = step.node
             record.model = talk.choice.model
+        leg = self._leg(step, talk) if talk.journey else None
         began = self._clock()
         outcome = await self._attempt(step, talk)
-        record.attempt(
-            step.node, outcome, began=began, now=self._clock(), resume=step.resume, ids=exchange.committed.size
-        )
+        now = self._clock()
+        if leg:
+            leg.end(outcome, now, exchange.committed.size)
+        record.attempt(step.node, outcome, began=began, now=now, resume=step.resume, ids=exchange.committed.size)
         self._metrics.attempts.labels(step.node, outcome.kind.value).inc()
         if step.resume:
             self._metrics.resumes.labels(record.model, outcome.kind.value).inc()
         return outcome
+
+    def _leg(self, step: Try, talk: _Talk) -> Leg:
+        """An attempt begins that is traced: its node hears so."""
+        assert talk.journey is not None, "asked for only where there is one"
+        node = self._view.fleet.nodes.get(step.node)
+        leg = talk.journey.leg(step.node, node.url if node else "", self._clock(), resume=step.resume)
+        talk.exchange.trace = leg.context.headers()
+        return leg
 
     async def _attempt(self, step: Try, talk: _Talk) -> Outcome:
         name, exchange = step.node, talk.exchange
@@ -366,11 +415,13 @@ class Conversations:
         headers = kept.headers | {names.NODE: node} | ({names.SHOULD_RETRY: "false"} if spent else {})
         return HTTPResponse(kept.body, kept.status, headers, headers.pop("content-type", None))
 
-    def _write(self, record: Record) -> None:
+    def _write(self, record: Record, journey: Journey | None) -> None:
         now = self._clock()
         line = record.line(now, self._wall())
         self._log.write(line)
         self._note(line)
+        if journey and self._traces and journey.own.sampled and record.key is not None:
+            self._traces.say(journey.spans(record, now, self._wall()))
         model = record.model if record.model and self._view.fleet.resolve(record.model) else UNKNOWN
         self._metrics.requests.labels(model, str(record.status)).inc()
         self._metrics.duration.labels(model).observe(now - record.arrived)

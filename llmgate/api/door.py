@@ -28,8 +28,8 @@ class Door:
     leaving: set once; other workers take what is new, and each connection is closed with its next answer.
     """
 
-    def __init__(self, keyring: Callable[[], Keyring], *, require_keys: bool) -> None:
-        self._keyring = keyring
+    def __init__(self, keyring: Callable[[], Keyring], wall: Callable[[], float], *, require_keys: bool) -> None:
+        self._keyring, self._wall = keyring, wall
         self._require_keys = require_keys
         self.draining = False
         self.closed = False
@@ -47,7 +47,7 @@ class Door:
         secret = keys.presented(request.headers.get("authorization"), request.headers.get("x-api-key"))
         if secret is None and not self._require_keys:
             return keys.ANONYMOUS
-        return self._keyring().find(secret)
+        return self._keyring().find(secret, self._wall())
 
     @contextmanager
     def inside(self) -> Iterator[None]:

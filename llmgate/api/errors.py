@@ -16,6 +16,7 @@ from llmnode.wire import headers as names
 from llmnode.wire.errors import (
     ApiError,
     BodyTooLarge,
+    HeadTooLarge,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -29,7 +30,7 @@ _DATABASE_RETRY_S = 5.0
 
 
 def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
-    """Give the app its error handlers and the request id header."""
+    """Give the app its error handlers, the request id header and those of a key's limits (`request.ctx.rate`)."""
 
     async def known(request: Request, error: ApiError) -> HTTPResponse:
         return response(request, error)
@@ -43,11 +44,13 @@ def install(app: Sanic[Any, Any], body_limit_bytes: int) -> None:
         return response(request, translate(error, request, body_limit_bytes))
 
     async def unknown(request: Request, error: Exception) -> HTTPResponse:
-        log.exception("request %s failed", request_id(request), exc_info=error)
+        log.error("request failed", exc_info=error, extra={"fields": {"request_id": request_id(request)}})
         return response(request, ApiError("the gate failed to handle this request; its log has the reason"))
 
     async def stamp(request: Request, answer: BaseHTTPResponse) -> HTTPResponse | None:
         for name, value in dialect.of(request.path, request.headers).named(request_id(request)).items():
+            answer.headers.setdefault(name, value)
+        for name, value in getattr(request.ctx, "rate", {}).items():
             answer.headers.setdefault(name, value)
         return None
 
@@ -78,6 +81,8 @@ def translate(error: SanicException, request: Request, body_limit_bytes: int) ->
         return RequestTooSlow(str(error))
     if status == 413:
         return BodyTooLarge(f"the request body is larger than {body_limit_bytes} bytes")
+    if status == 431:
+        return HeadTooLarge(str(error))
     if status == 503:
         return Overloaded("the gate did not answer in time")
     if 400 <= status < 500:

@@ -44,6 +44,10 @@ class Key:
     expires: float | None = None
     limits: Limits = NO_LIMITS
 
+    def live(self, now: float) -> bool:
+        """Whether it opens the door."""
+        return self.revoked is None and (self.expires is None or now < self.expires)
+
     def may_use(self, *names: str) -> bool:
         """Whether the key's list has one of the names (a model's id, or the alias it was asked by)."""
         return not self.models or any(name in self.models for name in names)
@@ -54,7 +58,7 @@ ANONYMOUS = Key(name="anonymous", digest="")
 
 
 class Keyring:
-    """The keys that are live now, by digest. Immutable: a change makes a new ring."""
+    """The keys that are not revoked, by digest. Immutable: a change makes a new ring."""
 
     def __init__(self, keys: Iterable[Key] = ()) -> None:
         self._by_digest: Mapping[str, Key] = {k.digest: k for k in keys if k.revoked is None}
@@ -62,13 +66,20 @@ class Keyring:
     def __len__(self) -> int:
         return len(self._by_digest)
 
-    def find(self, secret: str | None) -> Key:
+    @property
+    def limited(self) -> bool:
+        """Whether any key has limits."""
+        return any(key.limits != NO_LIMITS for key in self._by_digest.values())
+
+    def find(self, secret: str | None, now: float) -> Key:
         """The key behind a secret. Raises Unauthorized when there is none, without repeating what was sent."""
         if not secret:
             raise Unauthorized("no API key: send Authorization: Bearer KEY or x-api-key: KEY", code="missing_api_key")
         key = self._by_digest.get(digest(secret))
         if key is None:
             raise Unauthorized("the API key is not known here, or was revoked")
+        if not key.live(now):
+            raise Unauthorized("the API key has expired", code="api_key_expired")
         return key
 
 

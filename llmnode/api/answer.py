@@ -134,6 +134,10 @@ async def _answer(request: Request, serving: Serving, served: Served, order: _Or
     options = asked.options
     each = _each(asked)
     replayed = _replayed(order.ids, options.choices * len(each))
+    response_id = endpoint.prefix + (fixed.id if fixed else secrets.token_hex(12))
+    if journey := request.ctx.journey:
+        journey.path, journey.model, journey.response = endpoint.path, options.model, response_id
+        journey.committed = sum(map(len, order.ids))
     with _names(endpoint, asked).speaking():
         prepared, asks = await _asks(serving, served, each, endpoint, created, deadline, replayed)
         if not all(one.whole for one in prepared):
@@ -145,7 +149,7 @@ async def _answer(request: Request, serving: Serving, served: Served, order: _Or
         writers = _writers(served, asked, len(asks))
         narrator = endpoint.narrator(
             Occasion(
-                id=endpoint.prefix + (fixed.id if fixed else secrets.token_hex(12)),
+                id=response_id,
                 created=created,
                 model=options.model,
                 request=asked,

@@ -19,6 +19,7 @@ from llmnode.wire.errors import (
     ApiError,
     BodyTooLarge,
     DeadlineExceeded,
+    HeadTooLarge,
     InvalidRequest,
     MethodNotAllowed,
     NotFound,
@@ -63,7 +64,9 @@ class Errors(ErrorHandler):
         if status == 408:
             return RequestTooSlow(str(exception))
         if status == 413:
-            return BodyTooLarge(f"the body or header is over its limit; a body may have {self._body_limit_bytes} bytes")
+            return BodyTooLarge(f"the body is over its limit of {self._body_limit_bytes} bytes")
+        if status == 431:
+            return HeadTooLarge(str(exception))
         if status == 503:
             # Sanic says so of its own RESPONSE_TIMEOUT, and of nothing else.
             return DeadlineExceeded("the answer was not ready in the time given for it")

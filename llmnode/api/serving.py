@@ -28,6 +28,7 @@ from llmnode.chat.renderer import Renderer
 from llmnode.engine.backend import Tokenizer
 from llmnode.engine.types import Ask, Done, Finish, Stats
 from llmnode.metrics import HostProbe, Meter, Metrics
+from llmnode.service.traces import Traces
 from llmnode.settings import Settings
 from llmnode.wire.chain import Chain, salt
 from llmnode.wire.errors import Overloaded, WrongKind
@@ -51,11 +52,13 @@ class Serving:
         release: str,
         config: str,
         executor: Executor,
+        traces: Traces | None = None,
         clock: Callable[[], float] = time.monotonic,
         wall: Callable[[], float] = time.time,
         dice: Callable[[int], int] = secrets.randbelow,
     ) -> None:
         self.settings = settings
+        self.traces = traces
         self.clock = clock
         self.wall = wall
         self.dice = dice

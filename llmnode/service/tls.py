@@ -13,6 +13,11 @@ from pathlib import Path
 
 from llmnode.service.settings import SettingError, show
 
+_NAMES = {
+    ssl.PROTOCOL_TLS_SERVER: ("tls_cert_file", "tls_key_file", "tls_client_ca_file"),
+    ssl.PROTOCOL_TLS_CLIENT: ("node_cert_file", "node_key_file", "node_ca_file"),
+}
+"""The settings that name the files of each end, for errors."""
 _NO_CHECK_TIME = 0x200000
 """OpenSSL's X509_V_FLAG_NO_CHECK_TIME, for which the ssl module has no name."""
 
@@ -42,15 +47,43 @@ def server(files: Files) -> ssl.SSLContext | None:
 
 
 def renew(context: ssl.SSLContext, files: Files) -> None:
-    """Read a server's files again, for connections from now on. Raises SettingError, and has then changed nothing.
+    """Read the files of a server or a client again, for connections from now on. Raises SettingError, and has then
+    changed nothing.
 
     An authority that is no longer in its file is believed until the process ends: OpenSSL can only add one.
     """
+    certificate, key, authority = _NAMES[context.protocol]
     # Into contexts that are thrown away first, since a pair that does not fit would spoil the one in use.
-    for draft in (ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER), context):
-        _own(draft, files, "tls_cert_file", "tls_key_file")
+    for draft in (ssl.SSLContext(context.protocol), context):
+        if files.certificate is not None or files.key is not None or context.protocol is ssl.PROTOCOL_TLS_SERVER:
+            _own(draft, files, certificate, key)
         if files.authority is not None:
-            _believe(draft, files.authority, "tls_client_ca_file")
+            _believe(draft, files.authority, authority)
+
+
+class Watch:
+    """Notices that files have changed: written again, moved into place, or behind a link that points elsewhere now.
+
+    A change counts once it has stayed for two looks in a row, as a certificate and its key are rarely changed at the
+    same moment.
+    """
+
+    def __init__(self, files: Files) -> None:
+        """Make it before the files are read."""
+        self._files = files
+        self._taken = self._seen = self._stamp()
+
+    def changed(self) -> bool:
+        """Whether the files are to be read again. Once for each change."""
+        now = self._stamp()
+        settled = now == self._seen != self._taken
+        self._seen = now
+        if settled:
+            self._taken = now
+        return settled
+
+    def _stamp(self) -> tuple[object, ...]:
+        return tuple(map(_stamp, (self._files.certificate, self._files.key, self._files.authority)))
 
 
 def end(context: ssl.SSLContext | None) -> float | None:
@@ -86,11 +119,17 @@ def client(files: Files) -> ssl.SSLContext | None:
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     if files.authority is None:
         context.load_default_certs()
-    else:
-        _believe(context, files.authority, "node_ca_file")
-    if files.certificate is not None or files.key is not None:
-        _own(context, files, "node_cert_file", "node_key_file")
+    renew(context, files)
     return context
+
+
+def _stamp(path: Path | None) -> tuple[int, int, int, int] | None:
+    """Changes when a file's contents do; None while it is missing."""
+    try:
+        stat = path.stat() if path else None
+    except OSError:
+        return None
+    return (stat.st_mtime_ns, stat.st_size, stat.st_ino, stat.st_dev) if stat else None
 
 
 def _greeted(context: ssl.SSLContext, guest: ssl.SSLContext) -> ssl.SSLObject:

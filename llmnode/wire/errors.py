@@ -123,6 +123,14 @@ class RequestTooSlow(ApiError):
     code = "request_timeout"
 
 
+class HeadTooLarge(ApiError):
+    """431: the request's line and headers together."""
+
+    status = 431
+    type = "invalid_request_error"
+    code = "head_too_large"
+
+
 class BodyTooLarge(ApiError):
     """413."""
 

@@ -10,7 +10,7 @@ import httpx
 import pytest
 
 from tests.conftest import Start
-from tests.processes import free_port
+from tests.processes import free_port, wait_for
 from tests.system.fleet import Fleet
 
 WEB = Path(__file__).parents[2] / "llmgate" / "web"
@@ -61,7 +61,7 @@ def test_scripts_are_small_modules_that_all_others_can_find() -> None:
         text = (WEB / name).read_text()
         assert text.startswith("/**"), f"{name} says what it owns"
         assert len(text.splitlines()) < 300, name
-        assert {found for found in re.findall(r'from "\./([^"]+)"', text)} <= set(SCRIPTS), name
+        assert set(re.findall(r'from "\./([^"]+)"', text)) <= set(SCRIPTS), name
 
 
 def test_a_gate_that_wants_no_keys_tells_its_page_so(start: Start, tmp_path: Path) -> None:
@@ -71,8 +71,6 @@ def test_a_gate_that_wants_no_keys_tells_its_page_so(start: Start, tmp_path: Pat
         "llmgate", "--nodes-file", str(listing), "--state-dir", str(tmp_path), "--require-keys", "false",
         port=free_port(),
     )  # fmt: skip
-    from tests.processes import wait_for
-
     answer = wait_for(lambda: gate.get("/"), "the page")
     assert '<meta name="llmrack-keys" content="none">' in answer.text
     who = gate.get("/v1/key")

@@ -137,10 +137,10 @@ def test_where_the_secret_is_read_from(authorization: str | None, x_api_key: str
 def test_the_ring_knows_live_keys_only() -> None:
     live, gone = Key("live", keys.digest("s1")), Key("gone", keys.digest("s2"), revoked=5.0)
     ring = Keyring([live, gone])
-    assert ring.find("s1") == live
+    assert ring.find("s1", 0.0) == live
     for secret in ("s2", "s3", "", None, keys.digest("s1"), "\udcff"):
         with pytest.raises(Unauthorized):
-            ring.find(secret)
+            ring.find(secret, 0.0)
 
 
 def test_a_key_may_use_what_its_list_names_by_id_or_alias() -> None:

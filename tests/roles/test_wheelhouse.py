@@ -96,6 +96,22 @@ def test_a_release_is_complete_and_named_by_what_is_in_it(module: ModuleType, pr
     assert (out / "release").read_text().strip() == other["name"]
 
 
+def test_an_extra_is_in_releases_that_ask_for_it_alone(
+    module: ModuleType, project: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    locks: list[str] = []
+    monkeypatch.setattr(module, "llama", lambda *_: SCRIPT)
+    monkeypatch.setattr(module, "_run", lambda command, what: locks.append(Path(command[-1]).name))
+    names = set()
+    for extras in ("", "telemetry"):
+        made = module.release(project, "cpu", "3.11", tmp_path / "out", [], module._extras(extras))
+        names.add(made["name"])
+    assert locks == ["node.txt", "gate.txt", "project", "node.txt", "gate.txt", "telemetry.txt", "project"]
+    assert len(names) == 2
+    with pytest.raises(module.Failed, match="there is no extra 'other'; there are telemetry"):
+        module._extras("other")
+
+
 def test_a_release_has_what_the_hosts_python_needs_whatever_the_controllers_is(module: ModuleType) -> None:
     lock = (
         "# a remark\n"

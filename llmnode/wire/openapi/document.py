@@ -24,10 +24,11 @@ _STATUS = {
     408: "The request had not arrived in time",
     409: "It contradicts the state of things",
     413: "The body is larger than the setting `body_limit_bytes`",
+    431: "The head of the request is larger than 8 KiB, or than the gate's setting `head_limit_bytes`",
     503: "Full, loading, draining, or no node is ready; `Retry-After` says when to come back",
     504: "The answer was not ready in time",
 }
-_ALWAYS = (400, 401, 403, 404, 405, 408, 413, 503, 504)
+_ALWAYS = (400, 401, 403, 404, 405, 408, 413, 431, 503, 504)
 _EVENTS = "text/event-stream"
 
 

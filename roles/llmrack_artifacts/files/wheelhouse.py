@@ -67,6 +67,8 @@ PACKAGES = {
 CARRIED = {"cuda": re.compile(r"lib(cudart|cublas|cublasLt|nccl)\.so(\.\d+)*")}
 """Libraries of a backend's toolkit that go into the wheel. libcuda is the driver's; ROCm's find files of their own
 beside them, and Vulkan's loader is a package of every distribution."""
+EXTRAS = ("telemetry",)
+"""What a release may hold besides what both programs need, by the names of pyproject.toml."""
 STEP = re.compile(r"\[(\d+)/(\d+)\]")
 
 
@@ -108,6 +110,9 @@ def main(argv: list[str] | None = None) -> int:
                 default=f"{sys.version_info.major}.{sys.version_info.minor}",
                 help="Python version of the hosts, e.g. 3.11 (default: this one's)",
             )
+            command.add_argument(
+                "--extras", default="", metavar="A,B", help=f"what it is to hold besides: {', '.join(EXTRAS)}"
+            )
     command = commands.add_parser("sources", help="pack what a release is made of, for a machine that builds it")
     command.add_argument("--project", type=Path, default=project, help="the llmrack source tree")
     command.add_argument("--out", type=Path, required=True, help="archive to write")
@@ -130,7 +135,9 @@ def main(argv: list[str] | None = None) -> int:
             print(wheel or llama(options.project, options.backend, flags))
         else:
             flags = build_flags(options.backend, options.cuda_architectures)
-            print(json.dumps(release(options.project, options.backend, options.python, options.out.resolve(), flags)))
+            extras = _extras(options.extras)
+            out = options.out.resolve()
+            print(json.dumps(release(options.project, options.backend, options.python, out, flags, extras)))
     except Missing as error:
         print(f"wheelhouse: {error}", file=sys.stderr)
         return 2
@@ -202,6 +209,15 @@ def build_flags(backend: str, cuda_architectures: str = "") -> list[str]:
         wanted = sorted({int(one.replace(".", "")) for one in capabilities})
         flags.append(f"-DCMAKE_CUDA_ARCHITECTURES={';'.join(f'{number}-real' for number in wanted)}")
     return flags
+
+
+def _extras(text: str) -> tuple[str, ...]:
+    """Names of extras, "a,b", in one order. Raises Failed for one that nobody knows."""
+    names = sorted({one.strip() for one in text.split(",") if one.strip()})
+    for name in names:
+        if name not in EXTRAS:
+            raise Failed(f"there is no extra {name!r}; there are {', '.join(EXTRAS)}")
+    return tuple(names)
 
 
 def llama(project: Path, backend: str, flags: list[str]) -> Path:
@@ -284,15 +300,18 @@ def _rewrite(wheel: Path, more: dict[str, Path]) -> None:
     new.replace(wheel)
 
 
-def release(project: Path, backend: str, python: str, out: Path, flags: list[str]) -> dict[str, object]:
+def release(
+    project: Path, backend: str, python: str, out: Path, flags: list[str], extras: tuple[str, ...] = ()
+) -> dict[str, object]:
     """Fill `out` with a release: wheels, lock files, SHA256SUMS, release.json and `release`, which holds its name.
 
-    The name is VERSION-DIGEST; the digest covers llmrack's own source, the locks, the hosts' Python and the
+    The name is VERSION-DIGEST; the digest covers llmrack's own source, the locks, the hosts' Python, the extras and the
     llama-cpp-python wheel, so that equal input gives an equal name, and a directory that has it already is left alone.
     """
     engine = llama(project, backend, flags)
     version = _version(project)
-    digest = hashlib.sha256(f"{python} {backend} {platform_key()} {_sha256(engine)}\n".encode())
+    kind = " ".join([python, backend, platform_key(), *extras])
+    digest = hashlib.sha256(f"{kind} {_sha256(engine)}\n".encode())
     for path in sorted(_sources(project)):
         digest.update(f"{path.relative_to(project)} {_sha256(path)}\n".encode())
     name = f"{version}-{digest.hexdigest()[:8]}"
@@ -305,7 +324,7 @@ def release(project: Path, backend: str, python: str, out: Path, flags: list[str
         stage = Path(temporary) / "release"
         stage.mkdir()
         _say(f"collecting release {name} for Python {python}")
-        locks = [project / "requirements" / f"{extra}.txt" for extra in ("node", "gate")]
+        locks = [project / "requirements" / f"{extra}.txt" for extra in ("node", "gate", *extras)]
         for lock in locks:
             shutil.copy(lock, stage / lock.name)
             wanted = Path(temporary) / lock.name
@@ -329,6 +348,7 @@ def release(project: Path, backend: str, python: str, out: Path, flags: list[str
             "platform": platform_key(),
             "python": python,
             "backend": backend,
+            "extras": list(extras),
             "libc": "-".join(platform.libc_ver()),
         }
         (stage / "release.json").write_text(json.dumps(facts, indent=2) + "\n")
