@@ -24,8 +24,8 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
-    # Kept, and asked about each time: after an upgrade no page runs with scripts of two releases.
-    "cache-control": "no-cache",
+    # Kept, since it holds nothing of anybody, and asked about each time: no page runs with scripts of two releases.
+    "cache-control": "private, no-cache",
     "vary": "accept-encoding",
 }
 _TYPES = {

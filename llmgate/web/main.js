@@ -17,6 +17,7 @@ import { playgroundPage } from "./playground.js";
 import { requestsPage } from "./requests.js";
 import { Shell } from "./shell.js";
 import { signIn } from "./signin.js";
+import { announce } from "./states.js";
 import { apply } from "./theme.js";
 import { usagePage } from "./usage.js";
 
@@ -58,12 +59,14 @@ async function start(why = "") {
   signIn(gate, shell.main, why, enter);
 }
 
-/** @param {{name: string, role: string, models: string[], anonymous: boolean}} who */
+/** @param {{name: string, role: string, models: string[], anonymous: boolean, admin_api: boolean}} who */
 function enter(who) {
   const playground = playgroundPage(gate, who);
-  pages = who.role === "admin" ? [fleetPage(gate), playground, requestsPage(gate), usagePage(gate)] : [playground];
+  const admin = who.role === "admin" && who.admin_api;
+  pages = admin ? [fleetPage(gate), playground, requestsPage(gate), usagePage(gate)] : [playground];
   shell.signedIn(who, pages);
   route();
+  if (who.role === "admin" && !admin) announce("The admin API of this gate has an address of its own: the other pages are there.");
 }
 
 function leave() {

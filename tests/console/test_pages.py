@@ -32,7 +32,7 @@ def test_every_file_comes_whole_and_under_the_strict_policy(quiet: Fleet) -> Non
             assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; ")
             assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
             assert answer.headers["x-content-type-options"] == "nosniff"
-            assert answer.headers["cache-control"] == "no-cache"
+            assert answer.headers["cache-control"] == "private, no-cache"
         again = get(quiet, path, **{"if-none-match": answer.headers["etag"]})
         assert again.status_code == 304 and again.content == b"" and again.headers["etag"] == answer.headers["etag"]
         assert httpx.head(quiet.gate.url + path, timeout=60).status_code == 200
