@@ -306,7 +306,7 @@ class Gate:
         stale = settings.stale_after_s
         app.blueprint(openai.blueprint(conversations, door=self._door, view=self._view, started=wall()))
         app.blueprint(manual.blueprint())
-        app.blueprint(pages.blueprint())
+        app.blueprint(pages.blueprint(require_keys=settings.require_keys))
         app.blueprint(
             props.blueprint(
                 door=self._door,
@@ -350,6 +350,7 @@ class Gate:
                 wall=wall,
                 stale_after_s=stale,
                 workers=settings.workers,
+                admin_apart=bool(settings.admin_listen),
             )
         )
         app.blueprint(

@@ -64,7 +64,7 @@ def install(app: Sanic[Any, Any], *, origins: Collection[str], admin_apart: bool
     """Give the app what holds for every answer. `admin_apart`: the admin API has an address of its own."""
 
     async def apart(request: Request) -> None:
-        if is_admin(request) and _entrance(request) == DOOR:
+        if is_admin(request) and not has_admin(request, apart=True):
             raise NotFound(f"there is no {request.method} {request.path} here")
 
     async def preflight(request: Request) -> HTTPResponse | None:
@@ -108,8 +108,9 @@ def is_admin(request: Request) -> bool:
     return (route.path if route else request.path.lstrip("/")).partition("/")[0] == "admin"
 
 
-def _entrance(request: Request) -> str:
-    return str(getattr(request.stream.protocol, "entrance", DOOR)) if request.stream else DOOR
+def has_admin(request: Request, *, apart: bool) -> bool:
+    """Whether the address that it came to answers the admin API. apart: that has one of its own."""
+    return not apart or getattr(request.stream and request.stream.protocol, "entrance", DOOR) != DOOR
 
 
 def _allowed(request: Request, origins: Collection[str]) -> str | None:
