@@ -61,7 +61,7 @@ def passed_sockets(environ: Mapping[str, str]) -> Passed:
         raise SettingError(
             f"the gate serves on one or two sockets, and {count or 'none'} (LISTEN_FDS) were passed to it"
         )
-    found = [adopted(_FIRST_PASSED_FD + place) for place in range(int(count))]
+    found: list[socket.socket | None] = [adopted(_FIRST_PASSED_FD + place) for place in range(int(count))]
     if names[0] == ADMIN:
         found = [*found[1:], found[0]] if len(found) == 2 else [None, found[0]]
     return Passed(*found)
