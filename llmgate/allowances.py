@@ -17,9 +17,9 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 from llmgate.core.keys import Key
-from llmgate.core.limits import NO_LIMITS, Hold, Moment, State, day_begins, month_begins, refusal
+from llmgate.core.limits import NO_LIMITS, Hold, Moment, Use, day_begins, month_begins, refusal, use
 from llmgate.core.ratelimit import LimitsUnavailable, OverLimit, headers
-from llmgate.counters import Counters, Reserved, Seed, StoreDown, Unseeded
+from llmgate.counters import Counters, Reserved, Seed, StoreDown
 from llmgate.database import StoreError
 from llmgate.metrics import Metrics
 
@@ -28,7 +28,8 @@ log = logging.getLogger("llmgate.limits")
 RENEW_S = 2.0
 """How often places are renewed, and what could not be settled is tried again."""
 _REST_S = 0.5
-"""After a failure nobody asks the store for so long: each try may hold up the event loop, or its request."""
+"""After a failure no request asks the store for so long, since each would have to wait for it to fail again."""
+_FOR_CLIENTS = ("reserve", "look")
 _ID_BITS = 2**63 - 1
 
 Spent = Callable[[str, float, float], Awaitable[int]]
@@ -62,7 +63,9 @@ class Allowances:
         self._counters, self._spent, self._metrics = counters, spent, metrics
         self._closed, self._needed, self._clock, self._dice = closed, needed, clock, dice
         self._held: dict[int, Hold] = {}
-        self._due: dict[int, tuple[Hold, int, int]] = {}
+        self._due: dict[int, tuple[int, int]] = {}  # what was used, of those held that have ended
+        self._lost: set[int] = set()  # of these, those that the store has to be told of again first
+        self._busy: set[int] = set()  # those being settled or renewed: never both at once
         self._down = ""
         self._rest_until = 0.0
 
@@ -93,14 +96,17 @@ class Allowances:
         """
         hold, allowance.hold = allowance.hold, None
         if hold is not None:
-            self._due[hold.id] = (hold, spent, requests)
+            self._due[hold.id] = (spent, requests)
             with contextlib.suppress(StoreDown):
                 await self._settle(hold.id)
 
-    async def look(self, key: str) -> State:
-        """What is counted of a key now. Raises StoreDown."""
-        with self._asking("look"):
-            return await self._counters.look(key)
+    async def use(self, key: Key) -> Use | None:
+        """What counts against a key's limits now; None for one without, and while the store is down."""
+        if key.limits == NO_LIMITS:
+            return None
+        with contextlib.suppress(StoreDown), self._asking("look"):
+            return use(await self._counters.look(key.name), key.limits)
+        return None
 
     async def tend(self) -> None:
         """Renew and settle for ever."""
@@ -129,26 +135,40 @@ class Allowances:
         raise StoreDown("the ledger has just begun to be asked what the key has used")
 
     async def _settle(self, id: int) -> None:
-        if id not in self._due:
+        if id not in self._due or id in self._busy:
             return
-        hold, spent, requests = self._due[id]
-        with self._asking("settle"):
-            if await self._counters.settle(hold, spent, requests):
-                self._due.pop(id, None)
-                self._held.pop(id, None)
+        self._busy.add(id)
+        try:
+            with self._asking("settle"):
+                if await self._counters.settle(self._held[id], *self._due[id]):
+                    del self._held[id], self._due[id]
+                else:
+                    self._lost.add(id)
+        finally:
+            self._busy.discard(id)
 
     async def _renew(self) -> None:
-        holds = list(self._held.values())
+        ended = self._due.keys() - self._lost
+        holds = [hold for id, hold in self._held.items() if id not in ended and id not in self._busy]
         if not holds and not self._needed():
             return
-        wanting = await self._renewed(holds, {})
-        if wanting:
-            seeds = {key: await self._seed(key, unseeded.at) for key, unseeded in wanting}
-            await self._renewed([hold for hold in holds if hold.key in seeds], seeds)
+        ids = {hold.id for hold in holds}
+        self._busy |= ids
+        try:
+            wanting = await self._renewed(holds, {})
+            if wanting:
+                seeds = {key: await self._seed(key, at) for key, at in wanting.items()}
+                await self._renewed([hold for hold in holds if hold.key in seeds], seeds)
+        finally:
+            self._busy -= ids
 
-    async def _renewed(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> list[tuple[str, Unseeded]]:
+    async def _renewed(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> Mapping[str, Moment]:
         with self._asking("renew"):
-            return await self._counters.renew(holds, seeds)
+            done = await self._counters.renew(holds, seeds)
+        for hold in done.holds:
+            self._held[hold.id] = hold
+            self._lost.discard(hold.id)
+        return done.wanting
 
     async def _seed(self, key: str, at: Moment) -> Seed:
         day, month, end = day_begins(at.day, at.hour), month_begins(at.month, at.hour), day_begins(at.day + 1, at.hour)
@@ -161,7 +181,7 @@ class Allowances:
     def _asking(self, operation: str) -> Iterator[None]:
         """One operation of the store: timed, and what it shows of the store's health noticed."""
         now = self._clock()
-        if now < self._rest_until:
+        if now < self._rest_until and operation in _FOR_CLIENTS:
             raise StoreDown(self._down, self._rest_until - now)
         try:
             yield

@@ -34,6 +34,7 @@ from sanic.server.async_server import AsyncioServer
 
 from llmgate.allowances import Allowances
 from llmgate.api import admin, entrance, errors, manual, openai, pages, probes, props, usage, watch
+from llmgate.api import keys as api_keys
 from llmgate.api.conversation import KEEPALIVE_S, Conversations
 from llmgate.api.door import Door
 from llmgate.core import leases
@@ -65,6 +66,7 @@ from llmgate.settings import (
     read_nodes,
     receiver,
     redis_url,
+    require_one_truth,
     state_dir,
 )
 from llmgate.store import Contents
@@ -179,11 +181,12 @@ class Gate:
         )
 
     async def serve(self, sock: socket.socket) -> None:
-        """Serve on a listening socket until told to end. Raises StoreError before the first request."""
+        """Serve on a listening socket until told to end. Raises StoreError or SettingError before the first request."""
         loop = asyncio.get_running_loop()
         loop.add_reader(self._line.fileno(), self._hear)
         loop.add_signal_handler(signal.SIGTERM, self._leave)
         await self._ledger.open()
+        require_one_truth(self._settings, limited=self._ledger.keyring.limited)
         chores: list[asyncio.Task[None]] = []
         try:
             self._prober.follow()
@@ -312,6 +315,15 @@ class Gate:
                 clock=clock,
                 wall=wall,
                 stale_after_s=stale,
+            )
+        )
+        app.blueprint(
+            api_keys.blueprint(
+                door=self._door,
+                ledger=self._ledger,
+                use=self._allowances.use,
+                require_one_truth=lambda limited: require_one_truth(settings, limited=limited),
+                wall=wall,
             )
         )
         app.blueprint(usage.blueprint(door=self._door, ledger=self._ledger, clock=clock, wall=wall))

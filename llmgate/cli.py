@@ -1,6 +1,7 @@
 """The command line of the gate.
 
-    llmgate serve | check | settings | nodes | explain | keys create|list|revoke | usage | backup | restore | demo
+    llmgate serve | check | settings | nodes | explain | keys create|set|list|show|revoke|apply | usage | backup |
+            restore | demo
 
 Exit codes: 0 done; 1 the answer is no (`nodes`: one is not ready; `explain`: none can take the request; `keys`: no such
 key, or the name is taken; `restore`: the file cannot be put back); 2 bad configuration or arguments; 4 the port is in
@@ -21,28 +22,25 @@ import logging
 import os
 import random
 import resource
-import secrets
 import signal
 import sys
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import replace
-from datetime import datetime, timezone
+from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from llmgate import settings as configuration
 from llmgate import supervisor
-from llmgate.commands import usage
+from llmgate.commands import keys, usage
 from llmgate.commands.place import BAD, NO, NO_STORE, OK, PORT_IN_USE, add_place, database, load, open_store, say
 from llmgate.core import body as bodies
-from llmgate.core import keys
 from llmgate.core.explanation import as_text, columns, explain
 from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
+from llmgate.core.keys import Keyring
 from llmgate.core.policy import USES, Ask
 from llmgate.core.prompt import Prompt
-from llmgate.core.queue import Priority
-from llmgate.database import KeyTaken, StoreError
+from llmgate.database import StoreError
 from llmgate.line import Line, News, Post
 from llmgate.listener import PortInUse, adopted
 from llmgate.listing import Address, Listing
@@ -51,9 +49,6 @@ from llmnode.service import logs
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError, add_flags, listing, markdown, printed
 from llmnode.wire.node import Report
-
-if TYPE_CHECKING:
-    from llmgate.store import Store
 
 _LOOK_AFTER = 10_000
 """New objects after which a worker looks for garbage in cycles. After Python's own 700 it looks through the objects of
@@ -109,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     _add_explain(
         add("explain", _explain, "Show which node each policy would choose for a request, and by which figures.")
     )
-    _add_keys(add("keys", None, "Create, list and revoke API keys."))
+    keys.add(add("keys", None, "Create, change, list and revoke API keys."))
     usage.add(add("usage", usage.run, "Show what was used: requests and tokens by key, model, node and day."))
     for name, run, text in (
         ("backup", _backup, "Copy keys, drain leases and usage to a file, also while the gate runs."),
@@ -148,46 +143,6 @@ def _add_explain(parser: argparse.ArgumentParser) -> None:
         "--path", choices=tuple(USES), default=next(iter(USES)), help="where it goes (default: %(default)s)"
     )
     add_flags(parser, Settings)
-
-
-def _add_keys(parser: argparse.ArgumentParser) -> None:
-    commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    create = commands.add_parser(
-        "create",
-        help="make a key",
-        description="Make a key. Its secret is printed on standard output, once, unless it comes from a file; only its "
-        "hash is kept. A running gate takes it within a second or two.",
-    )
-    create.add_argument("name", help="who uses it; live keys have different names")
-    create.add_argument("--admin", action="store_true", help="may use the admin API")
-    create.add_argument("--models", default="", metavar="A,B", help="models it may use (default: all)")
-    create.add_argument(
-        "--priority",
-        choices=[priority.word for priority in Priority],
-        default=Priority.NORMAL.word,
-        help="who goes first when requests wait; a request may ask for less (default: %(default)s)",
-    )
-    create.add_argument(
-        "--from-file",
-        type=Path,
-        metavar="PATH",
-        help=f"take the secret from a file, - for standard input ({keys.MIN_SECRET} characters or more)",
-    )
-    create.add_argument(
-        "--if-absent",
-        action="store_true",
-        help='with a live key of that name (and secret) already there, bring its rights up to date, print "unchanged" '
-        'or "updated" and exit 0',
-    )
-    create.set_defaults(command=_keys_create)
-    show = commands.add_parser("list", help="list all keys, without their secrets")
-    show.add_argument("--json", action="store_true", help="print JSON")
-    show.set_defaults(command=_keys_list)
-    revoke = commands.add_parser("revoke", help="end a key; a running gate refuses it within a second or two")
-    revoke.add_argument("name")
-    revoke.set_defaults(command=_keys_revoke)
-    for sub in (create, show, revoke):
-        add_place(sub)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -246,6 +201,9 @@ def _raise_file_limit() -> None:
 def _check(options: argparse.Namespace) -> int:
     settings = load(options).values
     token, nodes, folder = configuration.usable(settings)
+    if settings.gates > 1:
+        with closing(open_store(options)) as store:
+            configuration.require_one_truth(settings, limited=Keyring(store.all_keys()).limited)
     _require_writable(folder)
     count = len(nodes.addresses)
     print(f"settings are good: {count} nodes, fleet token {'set' if token else 'not set'}, state in {folder}")
@@ -347,77 +305,6 @@ def _demo(options: argparse.Namespace) -> int:
     return demo.run(options.model, nodes=options.nodes, once=options.once, question=options.question)
 
 
-def _keys_create(options: argparse.Namespace) -> int:
-    models = tuple(sorted({m.strip() for m in options.models.split(",") if m.strip()}))
-    try:
-        name = keys.check_name(options.name)
-        secret = (
-            _secret_from(options.from_file)
-            if options.from_file
-            else keys.make_secret(secrets.token_bytes(keys.SECRET_BYTES))
-        )
-    except ValueError as error:
-        return say(BAD, str(error))
-    store = open_store(options)
-    try:
-        key = keys.Key(
-            name,
-            keys.digest(secret),
-            options.admin,
-            models,
-            created=time.time(),
-            priority=Priority.of(options.priority),
-        )
-        return _create(store, options, key, secret)
-    finally:
-        store.close()
-
-
-def _create(store: Store, options: argparse.Namespace, key: keys.Key, secret: str) -> int:
-    held = next((k for k in store.all_keys() if k.name == key.name and k.revoked is None), None)
-    same = held is not None and (options.from_file is None or held.digest == key.digest)
-    if held and options.if_absent and same:
-        wanted = replace(held, admin=key.admin, models=key.models, priority=key.priority)
-        store.change_key(key.name, lambda _: wanted)
-        print("unchanged" if wanted == held else "updated")
-        return OK
-    try:
-        store.add_key(key)
-    except KeyTaken as error:
-        return say(NO, f"cannot create the key {key.name}: {error}; revoke it first, or choose another")
-    print("created" if options.from_file else secret)
-    return OK
-
-
-def _keys_list(options: argparse.Namespace) -> int:
-    store = open_store(options)
-    try:
-        held = store.all_keys()
-    finally:
-        store.close()
-    if options.json:
-        print(json.dumps([_key_json(key) for key in held], indent=2))
-        return OK
-    for key in held:
-        state = "revoked" if key.revoked else "live"
-        rights = "admin" if key.admin else "user"
-        what = f"{key.priority.word:<7} {','.join(key.models) or 'all models'}"
-        print(f"{key.name:<24} {state:<8} {rights:<6} {_day(key.created)}  {what}")
-    return OK
-
-
-def _keys_revoke(options: argparse.Namespace) -> int:
-    store = open_store(options)
-    try:
-        done = store.revoke_key(options.name, time.time())
-    finally:
-        store.close()
-    if not done:
-        return say(NO, f"there is no live key named {options.name!r}")
-    print("revoked")
-    return OK
-
-
 def _backup(options: argparse.Namespace) -> int:
     from llmgate import archive
 
@@ -435,31 +322,6 @@ def _restore(options: argparse.Namespace) -> int:
         return say(NO, str(error))
     print(("would be restored" if options.check else "restored") if changed else "unchanged")
     return OK
-
-
-def _key_json(key: keys.Key) -> dict[str, object]:
-    return {
-        "name": key.name,
-        "admin": key.admin,
-        "models": list(key.models),
-        "priority": key.priority.word,
-        "created": _day(key.created),
-        "revoked": _day(key.revoked) if key.revoked else None,
-    }
-
-
-def _day(seconds: float) -> str:
-    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
-
-
-def _secret_from(path: Path) -> str:
-    try:
-        text = sys.stdin.read() if path == Path("-") else path.read_text(encoding="utf-8")
-        return keys.check_secret(text.strip())
-    except OSError as error:
-        raise ValueError(f"cannot read {path}: {error.strerror}") from error
-    except UnicodeDecodeError:
-        raise ValueError(f"{path} is not text") from None
 
 
 def _require_writable(folder: Path) -> None:

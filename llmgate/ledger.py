@@ -119,13 +119,14 @@ class Ledger:
         """Raises KeyTaken."""
         await self._write(lambda store: store.add_key(key))
 
-    async def change_key(self, name: str, decide: Callable[[Key], Key]) -> Key | None:
-        """`decide` runs on the store's thread, alone with the key, and may raise. None: there is no such live key."""
+    async def change_key(self, name: str, decide: Callable[[Key, tuple[Key, ...]], Key]) -> Key | None:
+        """`decide` gets the key and all others, runs on the store's thread, alone with them, and may raise. None: there
+        is no such live key."""
         return await self._write(lambda store: store.change_key(name, decide))
 
-    async def revoke_key(self, name: str, when: float) -> bool:
-        """Whether there was a live key of that name."""
-        return await self._write(lambda store: store.revoke_key(name, when))
+    async def all_keys(self) -> list[Key]:
+        """All keys, revoked ones too, oldest first."""
+        return await self._read(lambda store: store.all_keys())
 
     async def _write(self, change: Callable[[Store], T]) -> T:
         def work() -> tuple[T, Contents]:

@@ -265,6 +265,20 @@ def database(settings: Settings) -> Database:
         raise SettingError(f"database URL file {path}: its first line cannot be used: {error}") from None
 
 
+def require_one_truth(settings: Settings, *, limited: bool) -> None:
+    """Raise SettingError where each of several gates would give out the whole of what keys with limits may use.
+
+    limited: whether there is such a key.
+    """
+    needed = ("database_url_file", "redis_url_file")
+    missing = [name for name in needed if getattr(settings, name) is None]
+    if limited and settings.gates > 1 and missing:
+        raise SettingError(
+            f"keys have limits and gates is {settings.gates}: set {' and '.join(missing)}, or each gate would let them "
+            "use all of it"
+        )
+
+
 def redis_url(settings: Settings) -> str:
     """Where keys' counters are kept, "" for a file of this host. Raises SettingError, which never repeats the URL."""
     path = settings.redis_url_file

@@ -109,6 +109,7 @@ KEYS = Table(
     _text("owner", ""),
     Column("expires", _REAL),
     _text("limits", "{}"),
+    _text("source", ""),
     Index("live_name", "name", unique=True, sqlite_where=_live, postgresql_where=_live),
     Index("live_digest", "digest", unique=True, sqlite_where=_live, postgresql_where=_live),
 )
@@ -213,18 +214,19 @@ class Store:
                 what = "of that name" if named else "with that secret"
                 raise KeyTaken(f"a live key {what} exists already") from error
 
-    def change_key(self, name: str, decide: Callable[[Key], Key]) -> Key | None:
-        """Store what `decide` makes of a live key, but for its name, secret and age; nobody changes it meanwhile.
+    def change_key(self, name: str, decide: Callable[[Key, tuple[Key, ...]], Key]) -> Key | None:
+        """Store what `decide` makes of a live key and all other keys, but for its name, secret and age; nobody changes
+        any of them meanwhile.
 
         None when there is no live key of that name. Raises what `decide` does.
         """
         live = (KEYS.c.name == name) & KEYS.c.revoked.is_(None)
-        with self._writing() as db:
-            row = db.execute(select(KEYS).where(live).with_for_update()).first()
-            if row is None:
+        with self._writing(KEYS) as db:
+            everyone = _keys(db)
+            held = next((key for key in everyone if key.name == name and key.revoked is None), None)
+            if held is None:
                 return None
-            held = _key(row)
-            wanted = decide(held)
+            wanted = decide(held, tuple(key for key in everyone if key is not held))
             if wanted != held:
                 db.execute(update(KEYS).where(live).values(_key_row(wanted)))
             return wanted
@@ -523,6 +525,7 @@ def _key(row: Row[Any]) -> Key:
         row.owner,
         row.expires,
         _limits(json.loads(row.limits)),
+        row.source,
     )
 
 
@@ -542,6 +545,7 @@ def _key_row(key: Key) -> dict[str, Any]:
         "owner": key.owner,
         "expires": key.expires,
         "limits": json.dumps(limits),
+        "source": key.source,
     }
 
 

@@ -30,7 +30,7 @@ class Key:
     """One API key as stored. `models` empty means all of them; times in seconds since the epoch.
 
     priority: of its requests, where they do not ask for a lower one.    owner: who answers for it; free text, at most
-    200 characters.
+    200 characters.    source: "file" when a file of keys lists it (`llmgate keys apply`), "" otherwise.
     """
 
     name: str
@@ -43,6 +43,7 @@ class Key:
     owner: str = ""
     expires: float | None = None
     limits: Limits = NO_LIMITS
+    source: str = ""
 
     def live(self, now: float) -> bool:
         """Whether it opens the door."""

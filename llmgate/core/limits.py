@@ -119,12 +119,14 @@ class Counts(NamedTuple):
 
 
 class Hold(NamedTuple):
-    """What one admitted request has reserved, until it is settled. id: 63 random bits.  minute: of its admission."""
+    """What one admitted request has reserved, until it is settled. id: 63 random bits.    minute: of its admission.
+    epoch: of the store, in which this is counted there; another one may have lost it."""
 
     key: str
     id: int
     minute: int
     tokens: int
+    epoch: int = 0
 
 
 class Use(NamedTuple):

@@ -48,6 +48,14 @@ class Reserved(NamedTuple):
     hold: Hold | None
 
 
+class Renewed(NamedTuple):
+    """What came of a renewal. holds: as they are to be known from now on.    wanting: keys of which a seed is needed
+    first, and the moment that it has to be of."""
+
+    holds: list[Hold]
+    wanting: dict[str, Moment]
+
+
 class Counters(Protocol):
     """All raise StoreDown. `id`: 63 random bits."""
 
@@ -63,9 +71,9 @@ class Counters(Protocol):
         What was settled before changes nothing. False: the store has lost the hold; renew it, then settle again.
         """
 
-    async def renew(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> list[tuple[str, Unseeded]]:
-        """Put off the ends of these places; what the store has lost of them is counted again. The answer names the keys
-        of which it could not be, for want of a seed."""
+    async def renew(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> Renewed:
+        """Put off the ends of these places; what the store has lost of them is counted again. None of them may be
+        settled meanwhile."""
 
     async def look(self, key: str) -> State:
         """What is counted of a key now. Changes nothing."""

@@ -4,24 +4,30 @@ whoever starts after a crash.
 One row a key, one short transaction an operation, on the event loop: 9 us each, where a thread would take 60 to be
 woken. Nothing is synced to the disk, which would take longer than all the rest. A process that dies loses nothing by
 that; a machine that does may leave half a file, so each boot has a file of its own, whose budgets begin with what the
-ledger says. Whoever holds the lock for longer than `BUSY_S` (a worker that was stopped) makes the store count as down.
+ledger says. An operation waits for another worker's at most `BUSY_S` on the event loop, then beside it; who holds the
+lock for longer than `PATIENCE_S` (a worker that was stopped) makes the store count as down.
 """
 
 from __future__ import annotations
 
+import asyncio
 import os
 import sqlite3
+import time
 from array import array
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from struct import Struct
+from typing import TypeVar
 
 from llmgate.core.limits import Counts, Hold, Limits, State, added, moment, refusal, seeded, settled, turned
-from llmgate.counters import HOLD_MS, Reserved, Seed, StoreDown, Unseeded
+from llmgate.counters import HOLD_MS, Renewed, Reserved, Seed, StoreDown, Unseeded
 
-BUSY_S = 0.05
+T = TypeVar("T")
+
+BUSY_S = 0.02
+PATIENCE_S = 1.0
 _BOOT = Path("/proc/sys/kernel/random/boot_id")
 _SCHEMA = "CREATE TABLE IF NOT EXISTS counters (key TEXT PRIMARY KEY, counts BLOB, held BLOB) WITHOUT ROWID"
 _FIND = "SELECT counts, held FROM counters WHERE key = ?"
@@ -44,7 +50,7 @@ class Local:
     async def reserve(
         self, key: str, limits: Limits, tokens: int, id: int, seed: Seed | None = None
     ) -> Reserved | Unseeded:
-        with self._alone() as db:
+        def work(db: sqlite3.Connection) -> Reserved | Unseeded:
             at = moment(self._clock(), self._hour)
             counts, held = _found(db, key)
             if counts is None:
@@ -52,10 +58,10 @@ class Local:
                     return Unseeded(at)
                 counts = seeded(turned(Counts(), at), seed.day_tokens, seed.month_tokens)
             counts, held = turned(counts, at), _living(held, at.ms)
+            state = State(counts, len(held) // _PLACE, at)
             place = _place(held, id)
             if place is not None:
-                return Reserved(State(counts, len(held) // _PLACE, at), Hold(key, id, *held[place + 2 : place + 4]))
-            state = State(counts, len(held) // _PLACE, at)
+                return Reserved(state, Hold(key, id, *held[place + 2 : place + 4]))
             hold = None
             if refusal(limits, state, tokens) is None:
                 hold = Hold(key, id, counts.minute, tokens)
@@ -64,37 +70,41 @@ class Local:
             _keep(db, key, state.counts, held)
             return Reserved(state, hold)
 
+        return await self._alone(work)
+
     async def settle(self, hold: Hold, spent: int, requests: int) -> bool:
-        with self._alone() as db:
+        def work(db: sqlite3.Connection) -> None:
             counts, held = _found(db, hold.key)
             place = _place(held, hold.id)
             if counts is not None and place is not None:
                 del held[place : place + _PLACE]
                 counts = turned(counts, moment(self._clock(), self._hour))
                 _keep(db, hold.key, settled(counts, hold, spent, requests, self._hour), held)
+
+        await self._alone(work)
         return True
 
-    async def renew(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> list[tuple[str, Unseeded]]:
-        ends = self._clock() + HOLD_MS
-        for key in {hold.key for hold in holds}:
-            with self._alone() as db:
+    async def renew(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> Renewed:
+        def work(db: sqlite3.Connection) -> None:
+            ends = self._clock() + HOLD_MS
+            for key in {hold.key for hold in holds}:
                 counts, held = _found(db, key)
-                for hold in holds if counts is not None else ():
-                    if hold.key != key:
-                        continue
-                    place = _place(held, hold.id)
-                    if place is None:
-                        held.extend((hold.id, ends, hold.minute, hold.tokens))
-                    else:
+                if counts is None:
+                    continue
+                for hold in holds:
+                    if hold.key == key and (place := _place(held, hold.id)) is not None:
                         held[place + 1] = ends
-                if counts is not None:
-                    _keep(db, key, counts, held)
-        return []
+                    elif hold.key == key:
+                        held.extend((hold.id, ends, hold.minute, hold.tokens))
+                _keep(db, key, counts, held)
+
+        if holds:
+            await self._alone(work)
+        return Renewed(list(holds), {})
 
     async def look(self, key: str) -> State:
-        with self._alone() as db:
-            at = moment(self._clock(), self._hour)
-            counts, held = _found(db, key)
+        at = moment(self._clock(), self._hour)
+        counts, held = await self._alone(lambda db: _found(db, key))
         return State(turned(counts or Counts(), at), len(_living(held, at.ms)) // _PLACE, at)
 
     async def close(self) -> None:
@@ -102,20 +112,30 @@ class Local:
             self._db.close()
         self._db = None
 
-    @contextmanager
-    def _alone(self) -> Iterator[sqlite3.Connection]:
-        """A transaction that nobody else's overlaps."""
-        try:
-            db = self._db = self._db or self._open()
-            db.execute("BEGIN IMMEDIATE")
+    async def _alone(self, work: Callable[[sqlite3.Connection], T]) -> T:
+        """Do it in a transaction that nobody else's overlaps."""
+        end = time.monotonic() + PATIENCE_S
+        while True:
             try:
-                yield db
-            except BaseException:
-                db.execute("ROLLBACK")
-                raise
+                db = self._db = self._db or self._open()
+                db.execute("BEGIN IMMEDIATE")
+                break
+            except (OSError, sqlite3.Error) as error:
+                busy = isinstance(error, sqlite3.OperationalError) and "locked" in str(error)
+                if not busy or time.monotonic() > end:
+                    raise self._down(error) from error
+            await asyncio.sleep(BUSY_S)
+        try:
+            done = work(db)
             db.execute("COMMIT")
-        except (OSError, sqlite3.Error) as error:
-            raise StoreDown(f"the counters in {self._path} cannot be used: {error}") from error
+        except sqlite3.Error as error:
+            db.close()  # which ends the transaction, whatever state it was in
+            self._db = None
+            raise self._down(error) from error
+        return done
+
+    def _down(self, error: Exception) -> StoreDown:
+        return StoreDown(f"the counters in {self._path} cannot be used: {error}")
 
     def _open(self) -> sqlite3.Connection:
         self._path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)

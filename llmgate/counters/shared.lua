@@ -3,8 +3,8 @@
 -- KEYS: the epoch marker, the key's counts, its places by their ends.
 -- ARGV: op, the server's run id, hour at which budgets turn, strict ("1"), the time or 0 for the server's own; then
 --   look
---   settle   id, minute, tokens reserved; tokens spent, requests
---   renew    seed (day, month, tokens of each); for each place id, minute, tokens
+--   settle   the place (id, minute, tokens reserved, epoch); tokens spent, requests
+--   renew    seed (day, month, tokens of each); places (as above)
 --   reserve  id, tokens; seed (as above); five limits, -1 for none
 -- Before it stand KEEP_MS, RECALL_MS, COMMIT_MS and HOLD_MS, from shared.py and its package.
 
@@ -94,19 +94,19 @@ if op == 'look' then return answer('ok') end
 if op == 'settle' then
   local id, at_minute, reserved = ARGV[6], tonumber(ARGV[7]), tonumber(ARGV[8])
   if redis.call('ZREM', held_key, member(id, at_minute, reserved)) == 0 then
-    return answer(at_minute * MINUTE < epoch and 'lost' or 'ok')
+    return answer(tonumber(ARGV[9]) ~= epoch and 'lost' or 'ok')
   end
-  add(at_minute, tonumber(ARGV[9]) - reserved, tonumber(ARGV[10]) - 1)
+  add(at_minute, tonumber(ARGV[10]) - reserved, tonumber(ARGV[11]) - 1)
   keep()
   return answer('ok')
 end
 
 if op == 'renew' then
   local status = 'ok'
-  for at = 10, #ARGV, 3 do
+  for at = 10, #ARGV, 4 do
     local id, at_minute, tokens = ARGV[at], tonumber(ARGV[at + 1]), tonumber(ARGV[at + 2])
     local place = member(id, at_minute, tokens)
-    if not redis.call('ZSCORE', held_key, place) and at_minute * MINUTE < epoch then
+    if not redis.call('ZSCORE', held_key, place) and tonumber(ARGV[at + 3]) ~= epoch then
       if not seed(6) then
         status = 'unseeded'
         break
@@ -122,6 +122,7 @@ end
 -- reserve
 if strict and now < epoch + RECALL_MS then return answer('recalling') end
 if not seed(8) then return answer('unseeded') end
+redis.call('ZREMRANGEBYSCORE', held_key, '-inf', now)
 local id, tokens = ARGV[6], tonumber(ARGV[7])
 for _, at_minute in ipairs({c.minute, c.minute - 1}) do
   if redis.call('ZSCORE', held_key, member(id, at_minute, tokens)) then
@@ -133,7 +134,6 @@ if c.again then
   same[14] = c.again
   return same
 end
-redis.call('ZREMRANGEBYSCORE', held_key, '-inf', now)
 local left = MINUTE - math.min(MINUTE, max(0, now - c.minute * MINUTE))
 local function fits(most, current, before, asked)
   if most < 0 then return true end

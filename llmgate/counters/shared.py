@@ -33,7 +33,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 
 from llmgate.core.limits import Counts, Hold, Limits, State, moment
-from llmgate.counters import HOLD_MS, Reserved, Seed, StoreDown, Unseeded
+from llmgate.counters import HOLD_MS, Renewed, Reserved, Seed, StoreDown, Unseeded
 
 RECALL_MS = 8_000
 COMMIT_MS = 2_000
@@ -89,41 +89,44 @@ class Shared:
 
     async def _reserve(self, key: str, limits: Limits, tokens: int, id: int, seed: Seed | None) -> Reserved | Unseeded:
         most = (-1 if limit is None else limit for limit in vars(limits).values())
-        status, state, again = await self._do("reserve", key, f"{id:x}", tokens, *_told(seed), *most)
+        status, state, epoch, again = await self._do("reserve", key, f"{id:x}", tokens, *_told(seed), *most)
         if status == "recalling":
-            left = (state.full_before or state.at.ms) + RECALL_MS - state.at.ms
+            left = epoch + RECALL_MS - state.at.ms
             raise StoreDown("Redis has lost what it held, and gates are telling it again", left / 1000)
         if status == "unseeded":
             return Unseeded(state.at)
-        hold = Hold(key, id, state.counts.minute if again is None else again, tokens) if status == "ok" else None
-        return Reserved(state, hold)
+        minute = state.counts.minute if again is None else again
+        return Reserved(state, Hold(key, id, minute, tokens, epoch) if status == "ok" else None)
 
     async def settle(self, hold: Hold, spent: int, requests: int) -> bool:
-        id = f"{hold.id:x}"
-        status, _, _ = await self._do("settle", hold.key, id, hold.minute, hold.tokens, spent, requests)
+        status, *_ = await self._do("settle", hold.key, *_place(hold), spent, requests)
         return status != "lost"
 
-    async def renew(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> list[tuple[str, Unseeded]]:
+    async def renew(self, holds: Sequence[Hold], seeds: Mapping[str, Seed]) -> Renewed:
         """With nothing to renew, only see whether the store still knows what it did."""
-        wanting: list[tuple[str, Unseeded]] = []
+        renewed = Renewed([], {})
         if not holds:
             await self._do("look", "")
         for key in {hold.key for hold in holds}:
-            places = [part for hold in holds if hold.key == key for part in (f"{hold.id:x}", hold.minute, hold.tokens)]
-            status, state, _ = await self._do("renew", key, *_told(seeds.get(key)), *places)
+            mine = [hold for hold in holds if hold.key == key]
+            places = [part for hold in mine for part in _place(hold)]
+            status, state, epoch, _ = await self._do("renew", key, *_told(seeds.get(key)), *places)
             if status == "unseeded":
-                wanting.append((key, Unseeded(state.at)))
-        return wanting
+                renewed.wanting[key] = state.at
+            else:
+                renewed.holds.extend(hold._replace(epoch=epoch) for hold in mine)
+        return renewed
 
     async def look(self, key: str) -> State:
-        _, state, _ = await self._do("look", key)
+        _, state, *_ = await self._do("look", key)
         return state
 
     async def close(self) -> None:
         await self._redis.aclose()
 
-    async def _do(self, op: str, key: str, *arguments: Any) -> tuple[str, State, int | None]:
-        """One run of the script -> (status, the key's state, the minute of a reservation that was there already)."""
+    async def _do(self, op: str, key: str, *arguments: Any) -> tuple[str, State, int, int | None]:
+        """One run of the script -> (status, the key's state, the store's epoch, and of a reservation that was there
+        already its minute)."""
         keys = ["{llmgate}:epoch", f"{{llmgate}}:key:{key}", f"{{llmgate}}:held:{key}"]
         try:
             if not self._run:
@@ -135,7 +138,7 @@ class Shared:
         status, now, epoch, *counts = said[:12]
         at = moment(int(now), self._hour)
         state = State(Counts(*map(int, counts)), int(said[12]), at, int(epoch) if self._strict else 0)
-        return status.decode(), state, int(said[13]) if len(said) > 13 else None
+        return status.decode(), state, int(epoch), int(said[13]) if len(said) > 13 else None
 
     async def _connected(self, connection: Any) -> None:
         """Learn which run of the server this connection is with."""
@@ -143,6 +146,10 @@ class Shared:
         await connection.send_command("INFO", "server")
         found = _RUN_ID.search(await connection.read_response())
         self._run = found[1] if found else b"unknown"
+
+
+def _place(hold: Hold) -> tuple[str, int, int, int]:
+    return f"{hold.id:x}", hold.minute, hold.tokens, hold.epoch
 
 
 def _script() -> str:

@@ -23,6 +23,7 @@ NOON = ms("2026-02-28T12:00:00")
 
 
 HALF_DAY = 12 * 3600_000
+BOTH = {"requests": 1, "day_tokens": 9}
 
 
 def state(at: int, *, running: int = 0, hour: int = 0, full_before: int = 0, **counts: int) -> State:
@@ -104,8 +105,7 @@ def test_who_comes_back_when_told_to_is_let_in(
         (Limits(tokens_per_day=100), {"day_tokens": 91}, 10, "tokens_per_day", HALF_DAY),
         (Limits(tokens_per_month=100), {"month_tokens": 91}, 10, "tokens_per_month", HALF_DAY),
         (Limits(tokens_per_minute=100, tokens_per_day=200), {"day_tokens": 191}, 101, "tokens_per_minute", None),
-        (Limits(requests_per_minute=1, tokens_per_day=9), {"requests": 1, "day_tokens": 9},
-         1, "tokens_per_day", HALF_DAY),
+        (Limits(requests_per_minute=1, tokens_per_day=9), BOTH, 1, "tokens_per_day", HALF_DAY),
     ],
 )  # fmt: skip
 def test_of_several_limits_the_one_that_lasts_longest_is_named(

@@ -63,6 +63,6 @@ def test_a_key_keeps_its_priority(database: Database, priority: Priority) -> Non
     store = Store(database)
     store.add_key(Key("k", "d", priority=priority))
     assert store.all_keys()[0].priority is priority
-    store.change_key("k", lambda key: replace(key, priority=Priority.LOW))
+    store.change_key("k", lambda key, others: replace(key, priority=Priority.LOW))
     assert store.all_keys()[0].priority is Priority.LOW
     store.close()
