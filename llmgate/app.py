@@ -72,7 +72,7 @@ from llmgate.settings import (
 from llmgate.store import Contents
 from llmgate.usage import UsageWriter
 from llmgate.waiting import Waiting
-from llmnode.service import tls, traces
+from llmnode.service import lag, tls, traces
 from llmnode.service.connection import Connection
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError
@@ -142,6 +142,11 @@ class Gate:
             self._figures,
             self._ends,
             lambda: self._ledger.unwritten,
+            keyring=lambda: self._ledger.keyring,
+            lost={
+                "request_log": lambda: self._request_log.dropped,
+                "spans": lambda: self._traces.lost if self._traces else 0,
+            },
         )
         self._connections: set[Connection] = set()
         self._doorman = Doorman(
@@ -185,14 +190,20 @@ class Gate:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._line.fileno(), self._hear)
         loop.add_signal_handler(signal.SIGTERM, self._leave)
-        await self._ledger.open()
+        await self._ledger.open(self._settings.gates)
         require_one_truth(self._settings, limited=self._ledger.keyring.limited)
         chores: list[asyncio.Task[None]] = []
         try:
             self._prober.follow()
             await self._prober.first_round(_FIRST_ROUND_S)
-            works = (self._housekeeping, self._follow_ledger, self._heartbeat, self._allowances.tend)
-            chores = [asyncio.create_task(work()) for work in works]
+            works = (
+                self._housekeeping(),
+                self._follow_ledger(),
+                self._heartbeat(),
+                self._allowances.tend(),
+                lag.watch(self._metrics.lag.observe),
+            )
+            chores = [asyncio.create_task(work) for work in works]
             for chore in chores:
                 chore.add_done_callback(self._chore_ended)
             if not self._stop.is_set():

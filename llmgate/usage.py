@@ -25,6 +25,8 @@ GATHER_S = 0.5
 """How long a row may wait for others, in seconds."""
 LIMIT = 20_000
 """Rows that wait at most, about a kilobyte each."""
+_APART_S = 1e-6
+"""Between the ends of two requests of one worker, at least."""
 _AT_ONCE = 1000
 _AGAIN_S = 1.0
 """How long after a failure it is tried again."""
@@ -56,6 +58,8 @@ class UsageWriter:
         self._lines: deque[tuple[float, Line]] = deque()
         self._batch: list[dict[str, Any]] = []
         self._filled, self._closing = threading.Event(), threading.Event()
+        self._noted = self._settled = 0  # each is counted by one thread alone
+        self._last = 0.0
         self._lost = 0
         self._failing = False
         self._thread: threading.Thread | None = None
@@ -63,14 +67,17 @@ class UsageWriter:
     @property
     def waiting(self) -> int:
         """Rows that are not written yet."""
-        return len(self._lines) + len(self._batch)
+        return self._noted - self._settled
 
     def note(self, line: Line) -> None:
         """Take a line; never blocks."""
-        if len(self._lines) >= self._limit:
+        if self.waiting >= self._limit:
             self._drop(1)
             return
-        self._lines.append((self._wall(), line))
+        # With its id it says which request it is, and a client may send the same id again at once.
+        self._last = max(self._wall(), self._last + _APART_S)
+        self._noted += 1
+        self._lines.append((self._last, line))
         if not self._filled.is_set():
             self._filled.set()
 
@@ -93,8 +100,7 @@ class UsageWriter:
                 self._filled.clear()  # before the lines are taken: one that comes after them wakes the thread again
                 self._write(store)
             if self._keep_s and not closing and abs(self._wall() - swept) >= _SWEEP_S:
-                self._sweep(store)
-                swept = self._wall()
+                swept = self._wall() if self._sweep(store) else swept
         if self.waiting:
             log.error("%d requests are in the request log alone: the database could not be written", self.waiting)
             self._drop(self.waiting)
@@ -110,18 +116,21 @@ class UsageWriter:
                     return
                 continue
             self._count("written", len(self._batch))
+            self._settled += len(self._batch)
             self._batch = []
             if self._failing:
-                log.warning("usage is written again; of %d requests it is lost", self._lost)
+                log.warning("usage is written again; that of %d requests is lost", self._lost)
                 self._failing, self._lost = False, 0
 
-    def _sweep(self, store: Store) -> None:
-        """Drop what is too old, until there is nothing left or something is to be written."""
+    def _sweep(self, store: Store) -> bool:
+        """Drop some of what is too old, and more while there is nothing to be written; whether that is all for now."""
         try:
-            while store.forget_usage(self._wall() - self._keep_s, _BITE) == _BITE and not self._filled.is_set():
-                pass
+            while store.forget_usage(self._wall() - self._keep_s, _BITE) == _BITE:
+                if self._filled.is_set():
+                    return False
         except StoreError as error:
             self._say(error)
+        return True
 
     def _take(self) -> bool:
         """Make the next batch, unless there is one that failed; whether there is one now."""

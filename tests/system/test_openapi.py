@@ -68,7 +68,10 @@ def test_every_route_is_described_and_every_description_is_a_route(house: House,
     described = {(one.method, one.path) for one in served(side)}
     with httpx.Client(base_url=house.url(side), headers=house.headers(side), timeout=60) as client:
         for method, path in sorted(described):
-            answer = client.request(method, path.replace("{name}", "handbook"), json={} if method == "post" else None)
+            body = {} if method == "post" else None
+            with client.stream(method, path.replace("{name}", "handbook"), json=body) as answer:
+                if answer.status_code != 200:
+                    answer.read()  # events have no end
             assert answer.status_code not in (405, 500), (path, answer.text)
             unknown = answer.status_code == 404 and answer.json()["error"]["code"] == "not_found"
             assert not unknown, path
@@ -154,7 +157,7 @@ def test_requests_made_up_from_the_description_bring_no_failure_and_no_status_th
     asked = 0
     for result in described.get_all_operations():
         operation: Any = result.ok()  # type: ignore[union-attr]
-        if "drain" in operation.path or operation.path == "/metrics":
+        if "drain" in operation.path or operation.path == "/metrics" or operation.path.endswith("/events"):
             continue
 
         @bounded
