@@ -24,7 +24,8 @@ NAMED = re.compile(r'"model": "|model=|/models/')
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1].strip('"').removeprefix(ADDRESS))
 def test_a_curl_of_the_page_is_answered(command: str, fake_fleet: Fleet, house: House) -> None:
-    url, key = (house.gate.url, house.key) if NAMED.search(command) else (fake_fleet.gate.url, fake_fleet.key)
+    fleet = house if NAMED.search(command) else fake_fleet
+    url, key = fleet.gate.url, fleet.admin if "/admin/" in command else fleet.key
     here = command.replace(ADDRESS, url).replace("curl ", "curl -sS --fail-with-body ", 1)
     assert here.count(url) == 1
     done = subprocess.run(

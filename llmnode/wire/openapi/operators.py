@@ -73,6 +73,58 @@ _USAGE = _answer(
     },
 )
 
+_LIMITS = thing(
+    "What it may use; null: as much as it likes",
+    {
+        name: {**whole(f"At most so many {words}", 1), "type": ["integer", "null"]}
+        for name, words in (
+            ("requests_per_minute", "requests in a minute"),
+            ("tokens_per_minute", "tokens in a minute"),
+            ("concurrent_requests", "requests at the same time"),
+            ("tokens_per_day", "tokens in a day"),
+            ("tokens_per_month", "tokens in a month"),
+        )
+    },
+)
+_KEY_SEEN: dict[str, Schema] = {
+    "name": text("What it is called"),
+    "owner": text("Who answers for it"),
+    "admin": flag("Whether it may do what is in this chapter"),
+    "role": text("The same in a word", enum=["user", "admin"]),
+    "models": some("Which models it may use; none named: all", text("A model's id, or an alias")),
+    "priority": text("Who goes first when requests wait", enum=["high", "normal", "low"]),
+    "created": text("When it was made, ISO 8601"),
+    "expires": {**text("When it ends by itself"), "type": ["string", "null"]},
+    "revoked": {**text("When it was ended"), "type": ["string", "null"]},
+    "limits": _LIMITS,
+    "use": {**thing("What counts against its limits now"), "type": ["object", "null"]},
+}
+_GRANT: dict[str, Schema] = {
+    "owner": text("Who answers for it", maxLength=200),
+    "role": _KEY_SEEN["role"],
+    "models": _KEY_SEEN["models"],
+    "priority": _KEY_SEEN["priority"],
+    "expires_at": text("When it ends, ISO 8601"),
+    "ttl_seconds": number("The same, as seconds from now", 0, above=True),
+    "limits": _LIMITS,
+}
+_FORCE = (("force", text("Even if nobody is an admin then", enum=["true", "false"])),)
+_EXPLAIN = thing(
+    "A request that is not sent",
+    {"path": text("Where it would go; /v1/chat/completions if left out"), "body": thing("What would be sent there")},
+    required=("body",),
+)
+_FLEET = _answer(
+    "The fleet as this worker sees it",
+    {
+        "now": number("Unix time"),
+        "gate": thing("Host, release, workers, and the routing policy of each model"),
+        "nodes": some("As in /admin/nodes, with labels and weight", _NODE_SEEN),
+        "history": thing("The last 15 minutes of each node, as lists that go with the times in `at`"),
+        "queue": thing("Requests that wait for a node, by model"),
+    },
+)
+
 
 def _gate(method: str, path: str, name: str, summary: str, body: Schema | None = None, **more: Any) -> Operation:
     return Operation(method, "/admin" + path, name, _CHAPTER, summary, body, at=GATE, **more)
@@ -96,4 +148,16 @@ OPERATIONS: tuple[Operation, ...] = (
     _gate("get", "/requests/{name}", "request", "One request, by its id", returns=_ROW),
     _gate("get", "/requests/events", "requests_events", "Requests as they end", answer=EVENTS,
           query=(*_CHOICE, _AFTER)),
+    _gate("get", "/keys", "keys", "All keys, without their secrets",
+          returns=_answer("", {"keys": some("The oldest first", _answer("A key", _KEY_SEEN))})),
+    _gate("post", "/keys", "make_key", "Make a key; its secret is in this answer and nowhere else", thing(
+        "A key to be", {"name": text("What it is called", minLength=1, maxLength=64), **_GRANT}, required=("name",)),
+        status=201, also=(409,), returns=_answer("A key", _KEY_SEEN | {"secret": text("What its user sends")})),
+    _gate("patch", "/keys/{name}", "change_key", "Change what a key may do", thing("What is to be otherwise", _GRANT),
+          query=_FORCE, also=(409,), returns=_answer("A key", _KEY_SEEN)),
+    _gate("delete", "/keys/{name}", "revoke_key", "End a key", query=_FORCE, also=(409,),
+          returns=_answer("", {"name": text("The key"), "revoked": flag("True")})),
+    _gate("get", "/fleet", "fleet", "The whole fleet, and its last 15 minutes", returns=_FLEET),
+    _gate("get", "/fleet/events", "fleet_events", "The same, once a second", answer=EVENTS),
+    _gate("post", "/explain", "explain", "What the router would do with a request, and why", _EXPLAIN),
 )  # fmt: skip
