@@ -72,7 +72,7 @@ from llmgate.settings import (
 from llmgate.store import Contents
 from llmgate.usage import UsageWriter
 from llmgate.waiting import Waiting
-from llmnode.service import tls, traces
+from llmnode.service import lag, tls, traces
 from llmnode.service.connection import Connection
 from llmnode.service.release import release
 from llmnode.service.settings import Loaded, SettingError
@@ -142,6 +142,11 @@ class Gate:
             self._figures,
             self._ends,
             lambda: self._ledger.unwritten,
+            keyring=lambda: self._ledger.keyring,
+            lost={
+                "request_log": lambda: self._request_log.dropped,
+                "spans": lambda: self._traces.lost if self._traces else 0,
+            },
         )
         self._connections: set[Connection] = set()
         self._doorman = Doorman(
@@ -191,8 +196,14 @@ class Gate:
         try:
             self._prober.follow()
             await self._prober.first_round(_FIRST_ROUND_S)
-            works = (self._housekeeping, self._follow_ledger, self._heartbeat, self._allowances.tend)
-            chores = [asyncio.create_task(work()) for work in works]
+            works = (
+                self._housekeeping(),
+                self._follow_ledger(),
+                self._heartbeat(),
+                self._allowances.tend(),
+                lag.watch(self._metrics.lag.observe),
+            )
+            chores = [asyncio.create_task(work) for work in works]
             for chore in chores:
                 chore.add_done_callback(self._chore_ended)
             if not self._stop.is_set():
@@ -295,7 +306,7 @@ class Gate:
         stale = settings.stale_after_s
         app.blueprint(openai.blueprint(conversations, door=self._door, view=self._view, started=wall()))
         app.blueprint(manual.blueprint())
-        app.blueprint(pages.blueprint())
+        app.blueprint(pages.blueprint(require_keys=settings.require_keys))
         app.blueprint(
             props.blueprint(
                 door=self._door,
@@ -339,6 +350,7 @@ class Gate:
                 wall=wall,
                 stale_after_s=stale,
                 workers=settings.workers,
+                admin_apart=bool(settings.admin_listen),
             )
         )
         app.blueprint(

@@ -65,6 +65,10 @@ class Figures:
                 total[label] = total.get(label, 0.0) + level
         return total
 
+    def workers(self) -> set[int]:
+        """Process ids of those that count here, this one among them."""
+        return {os.getpid()} | {int(path.stem.removeprefix("levels_")) for path in self._folder.glob("levels_*.json")}
+
     def collect(self) -> Iterable[Metric]:
         """Counters and histograms, summed over all processes, ended ones too."""
         with _locked(self._folder, fcntl.LOCK_SH):

@@ -51,24 +51,20 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def passed_sockets(environ: Mapping[str, str]) -> Passed:
-    """What systemd has opened, sd_listen_fds(3): the one named "admin" (FileDescriptorName=) is the admin API's, one
-    other is the door's. Raises SettingError."""
+    """What systemd has opened, sd_listen_fds(3): one socket is the door's, a second the admin API's; or the other way
+    round, where the first one is named "admin" (FileDescriptorName=). Of one unit they come in the order of its lines.
+    Raises SettingError."""
     if environ.get("LISTEN_PID") != str(os.getpid()):
         return Passed()
     count, names = environ.get("LISTEN_FDS", ""), environ.get("LISTEN_FDNAMES", "").split(":")
-    known = ["admin" if name == ADMIN else "door" for name in names]
-    # Nameless ones come from other programs that open sockets in systemd's way.
-    roles = known if len(known) == _number(count) else ["door"] * _number(count)
-    if not roles or len(set(roles)) < len(roles):
+    if count not in ("1", "2"):
         raise SettingError(
-            f"the gate serves on one socket and one more that is named {ADMIN!r}; {count or 'none'} (LISTEN_FDS) named "
-            f"{':'.join(names)!r} (LISTEN_FDNAMES) were passed to it"
+            f"the gate serves on one or two sockets, and {count or 'none'} (LISTEN_FDS) were passed to it"
         )
-    return Passed(**{role: adopted(_FIRST_PASSED_FD + place) for place, role in enumerate(roles)})
-
-
-def _number(text: str) -> int:
-    return int(text) if text.isascii() and text.isdigit() else 0
+    found: list[socket.socket | None] = [adopted(_FIRST_PASSED_FD + place) for place in range(int(count))]
+    if names[0] == ADMIN:
+        found = [*found[1:], found[0]] if len(found) == 2 else [None, found[0]]
+    return Passed(*found)
 
 
 def address(host: str, port: int) -> str:

@@ -37,7 +37,8 @@ class Settings:
         "a second address, HOST:PORT: everything is answered there, and /admin only there; none: on the first one",
     )
     tls_cert_file: Path | None = setting(
-        None, "PEM file with the gate's certificate and its chain: it listens with TLS; read again when it changes"
+        None,
+        "PEM file with the gate's certificate and its chain: it listens with TLS; read again when it changes",
     )
     tls_key_file: Path | None = setting(None, "PEM file with the private key of that certificate")
     node_ca_file: Path | None = setting(

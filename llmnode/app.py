@@ -47,7 +47,7 @@ from llmnode.engine.loop import Engine, Limits
 from llmnode.engine.pooling import PoolingBackend, PoolingEngine, PoolingEvent, PoolingLimits, PoolingSink
 from llmnode.engine.snapshot import Snapshot
 from llmnode.engine.types import Event, ModelInfo, Sink
-from llmnode.service import spans, tls, traces
+from llmnode.service import lag, spans, tls, traces
 from llmnode.service.confined import Limits as WorkLimits
 from llmnode.service.confined import StartError
 from llmnode.service.connection import Connection
@@ -82,6 +82,8 @@ _REQUEST_ID_CHARACTERS = frozenset(ascii_letters + digits + "._-")
 _PREPARING = 4
 """Requests whose prompts are made at the same time, each with a process for its template."""
 _STATUS_EVERY_S = 5.0
+_LOOK_S = 0.5
+"""How often the files of the certificate are looked at."""
 _LOAD_EXTENSION_S = 120.0
 _LAST_WORDS_S = 2.0
 """After the drain's end, for the error events to reach their clients."""
@@ -381,6 +383,7 @@ class Life:
         self._notifier = notifier
         self._context = context
         serving.certificate_end = tls.end(context)
+        self._files = tls.Watch(serving.settings.tls)
         self._template = template
         self._stopping: asyncio.Task[None] | None = None
         self._tasks: list[asyncio.Task[None]] = []
@@ -397,6 +400,9 @@ class Life:
             log.info("no model is set: serving the handbook model, which knows llmrack and nothing else")
         log.info("%s listens on %s port %d", settings.name, settings.host, settings.port)
         self._tasks.append(loop.create_task(self._tell_systemd()))
+        self._tasks.append(loop.create_task(lag.watch(self._serving.metrics.lag.observe)))
+        if self._context is not None:
+            self._tasks.append(loop.create_task(self._watch_certificate()))
         if self._notifier.watchdog_interval_s:
             self._tasks.append(loop.create_task(self._feed_watchdog(self._notifier.watchdog_interval_s)))
         threading.Thread(target=self._load, args=(loop,), name="load", daemon=True).start()
@@ -505,6 +511,12 @@ class Life:
         else:
             self._serving.certificate_end = tls.end(self._context)
             log.info("certificate read again: %s", settings.tls_cert_file)
+
+    async def _watch_certificate(self) -> None:
+        while True:
+            await asyncio.sleep(_LOOK_S)
+            if self._files.changed():
+                self._reload()
 
     # The end
 

@@ -17,7 +17,9 @@ from prometheus_client.registry import Collector
 
 from llmnode.engine.pooling import Pooled
 from llmnode.engine.types import Done, Event, Failed, Stats, Text, Timings
-from llmnode.wire.node import Host, Usage
+from llmnode.service import lag, process
+from llmnode.service.release import release
+from llmnode.wire.node import Host, State, Usage
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 _SECONDS = (0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
@@ -60,7 +62,8 @@ class HostProbe:
 class Metrics:
     """The counters of the door. `stats` gives the engine's snapshot, None while there is no engine; `reported` how many
     hashes of prefixes the last report had; `gpus` how many GPUs the model is on; `certificate_end` when the certificate
-    that is served ends, in Unix time, None without TLS."""
+    that is served ends, in Unix time, None without TLS; `state` where the node is in its life;
+    `spans_lost` how much of traces could not be sent."""
 
     def __init__(
         self,
@@ -70,10 +73,13 @@ class Metrics:
         reported: Callable[[], float] = lambda: 0,
         gpus: Callable[[], float] = lambda: 0,
         certificate_end: Callable[[], float | None] = lambda: None,
+        state: Callable[[], State] = lambda: State.READY,
+        spans_lost: Callable[[], int] = lambda: 0,
     ) -> None:
         self._clock = clock
         self._registry = CollectorRegistry()
         self._registry.register(_Snapshots(stats, probe, clock, gpus, certificate_end))
+        self._registry.register(_OfProcess(state, spans_lost))
         self.requests = Counter(
             "llmnode_requests", "Requests answered, by route and status", ("route", "status"), registry=self._registry
         )
@@ -105,7 +111,18 @@ class Metrics:
         self._queued = Histogram(
             "llmnode_queue_seconds", "Waiting for a slot", buckets=_SECONDS, registry=self._registry
         )
-
+        self._prefill = Histogram(
+            "llmnode_prefill_seconds",
+            "From a slot to the first token",
+            buckets=_SECONDS,
+            registry=self._registry,
+        )
+        self.lag = Histogram(
+            "llmnode_event_loop_lag_seconds",
+            "By how much a timer came late, twice a second",
+            buckets=lag.BUCKETS,
+            registry=self._registry,
+        )
         Gauge(
             "llmnode_reported_blocks", "Hashes of prefixes in the last answer to /node", registry=self._registry
         ).set_function(reported)
@@ -160,6 +177,7 @@ class Meter:
                 self._metrics._first.observe(self.first_token_s)
         elif isinstance(event, Done):
             self._metrics._queued.observe(event.queued_s)
+            self._metrics._prefill.observe(event.prefill_s)
             self.ends[choice] = event
             if len(self.ends) == self._choices:
                 self.usage = total({index: end.usage for index, end in self.ends.items()}, self._prompts)
@@ -211,7 +229,6 @@ class _Snapshots(Collector):
         yield _gauge("llmnode_host_cpu_ratio", "CPU use of the host, 0 to 1", host.cpu_percent / 100)
         yield _gauge("llmnode_host_memory_bytes", "Memory of the host", host.memory_total_bytes)
         yield _gauge("llmnode_host_memory_available_bytes", "Memory that is free to use", host.memory_available_bytes)
-        yield _gauge("llmnode_process_resident_memory_bytes", "Memory of this process", host.process_rss_bytes)
         end = self._certificate_end()
         if end is not None:
             yield _gauge("llmnode_certificate_end_seconds", "When the certificate ends, in Unix time", end)
@@ -232,6 +249,36 @@ class _Snapshots(Collector):
             for kind, count in counts.items():
                 family.add_metric([kind], count(stats.timings))
             yield family
+
+
+class _OfProcess(Collector):
+    """What the process is, and what the kernel says of it."""
+
+    def __init__(self, state: Callable[[], State], spans_lost: Callable[[], int]) -> None:
+        self._state, self._spans_lost = state, spans_lost
+
+    def collect(self) -> Iterator[Metric]:
+        info = GaugeMetricFamily("llmnode_build_info", "1; what runs here", labels=["release"])
+        info.add_metric([release()], 1)
+        yield info
+        states, now = (
+            GaugeMetricFamily("llmnode_state", "1 for where the node is in its life", labels=["state"]),
+            self._state(),
+        )
+        for state in State:
+            states.add_metric([state.value], float(state is now))
+        yield states
+        lost = CounterMetricFamily("llmnode_lost_records", "What could not be sent", labels=["what"])
+        lost.add_metric(["spans"], self._spans_lost())
+        yield lost
+        own = process.look()
+        if own is None:
+            return
+        yield _gauge("llmnode_process_resident_memory_bytes", "Memory of this process", own.resident_bytes)
+        yield CounterMetricFamily("llmnode_process_cpu_seconds", "Processor time of it", value=own.cpu_seconds)
+        yield _gauge("llmnode_process_open_fds", "Open files of this process", own.open_files)
+        yield _gauge("llmnode_process_max_fds", "How many it may have", own.open_files_limit)
+        yield _gauge("llmnode_process_start_time_seconds", "When it was started, in Unix time", own.started)
 
 
 def _gauge(name: str, help: str, value: float) -> GaugeMetricFamily:

@@ -33,7 +33,8 @@ class Settings:
         None, "file with the secret that gates and nodes share: one or two lines, each a valid token; re-read on change"
     )
     tls_cert_file: Path | None = setting(
-        None, "PEM file with this node's certificate and its chain: it listens with TLS; read again on SIGHUP"
+        None,
+        "PEM file with this node's certificate and its chain: it listens with TLS; read again when it changes",
     )
     tls_key_file: Path | None = setting(None, "PEM file with the private key of that certificate")
     tls_client_ca_file: Path | None = setting(

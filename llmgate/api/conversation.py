@@ -326,9 +326,9 @@ class Conversations:
         began = self._clock()
         outcome = await self._attempt(step, talk)
         now = self._clock()
+        record.attempt(step.node, outcome, began=began, now=now, resume=step.resume, ids=exchange.committed.size)
         if leg:
             leg.end(outcome, now, exchange.committed.size)
-        record.attempt(step.node, outcome, began=began, now=now, resume=step.resume, ids=exchange.committed.size)
         self._metrics.attempts.labels(step.node, outcome.kind.value).inc()
         if step.resume:
             self._metrics.resumes.labels(record.model, outcome.kind.value).inc()
@@ -417,20 +417,14 @@ class Conversations:
 
     def _write(self, record: Record, journey: Journey | None) -> None:
         now = self._clock()
-        line = record.line(now, self._wall())
+        wall = self._wall()
+        line = record.line(now, wall)
         self._log.write(line)
         self._note(line)
         if journey and self._traces and journey.own.sampled and record.key is not None:
-            self._traces.say(journey.spans(record, now, self._wall()))
+            self._traces.say(journey.spans(record, now, wall))
         model = record.model if record.model and self._view.fleet.resolve(record.model) else UNKNOWN
-        self._metrics.requests.labels(model, str(record.status)).inc()
-        self._metrics.duration.labels(model).observe(now - record.arrived)
-        if record.first_content is not None:
-            self._metrics.first_token.labels(model).observe(record.first_content - record.arrived)
-        if record.usage:
-            for kind in ("prompt_tokens", "cached_tokens", "completion_tokens"):
-                self._metrics.tokens.labels(model, kind.removesuffix("_tokens")).inc(getattr(record.usage, kind))
-            self._metrics.predicted.labels(model).inc(record.predicted or 0)
+        self._metrics.count(record, model, now)
 
 
 def visible(fleet: Fleet, key: Key, kinds: frozenset[str] = frozenset()) -> list[str]:

@@ -64,7 +64,7 @@ def install(app: Sanic[Any, Any], *, origins: Collection[str], admin_apart: bool
     """Give the app what holds for every answer. `admin_apart`: the admin API has an address of its own."""
 
     async def apart(request: Request) -> None:
-        if is_admin(request) and _entrance(request) == DOOR:
+        if is_admin(request) and not has_admin(request, apart=True):
             raise NotFound(f"there is no {request.method} {request.path} here")
 
     async def preflight(request: Request) -> HTTPResponse | None:
@@ -89,7 +89,8 @@ def install(app: Sanic[Any, Any], *, origins: Collection[str], admin_apart: bool
 
     async def share(request: Request, answer: BaseHTTPResponse) -> None:
         if "*" not in origins or is_admin(request):
-            answer.headers["vary"] = "origin"
+            known = answer.headers.get("vary")
+            answer.headers["vary"] = f"{known}, origin" if known else "origin"
         if origin := _allowed(request, origins):
             answer.headers["access-control-allow-origin"] = origin
             answer.headers["access-control-expose-headers"] = _EXPOSED
@@ -108,8 +109,9 @@ def is_admin(request: Request) -> bool:
     return (route.path if route else request.path.lstrip("/")).partition("/")[0] == "admin"
 
 
-def _entrance(request: Request) -> str:
-    return str(getattr(request.stream.protocol, "entrance", DOOR)) if request.stream else DOOR
+def has_admin(request: Request, *, apart: bool) -> bool:
+    """Whether the address that it came to answers the admin API. apart: that has one of its own."""
+    return not apart or getattr(request.stream and request.stream.protocol, "entrance", DOOR) != DOOR
 
 
 def _allowed(request: Request, origins: Collection[str]) -> str | None:

@@ -24,8 +24,8 @@ HEADERS = {
     "referrer-policy": "no-referrer",
     "cross-origin-opener-policy": "same-origin",
     "permissions-policy": "camera=(), geolocation=(), microphone=()",
-    # Kept, and asked about each time: after an upgrade no page runs with scripts of two releases.
-    "cache-control": "no-cache",
+    # Kept, since it holds nothing of anybody, and asked about each time: no page runs with scripts of two releases.
+    "cache-control": "private, no-cache",
     "vary": "accept-encoding",
 }
 _TYPES = {
@@ -35,6 +35,7 @@ _TYPES = {
     "svg": "image/svg+xml",
 }
 _INDEX = "index.html"
+_WANTED = b'<meta name="llmrack-keys" content="wanted">'
 
 
 @dataclass(frozen=True)
@@ -53,10 +54,12 @@ def read() -> dict[str, Page]:
     return {file.name: _page(file.name, file.read_bytes()) for file in folder.iterdir() if _kind(file.name) in _TYPES}
 
 
-def blueprint() -> Blueprint:
-    """`/` and `/console/NAME`."""
+def blueprint(*, require_keys: bool) -> Blueprint:
+    """`/` and `/console/NAME`. The page is told whether this gate wants keys, or it would have to be refused first."""
     routes = Blueprint("pages")
     pages = read()
+    if not require_keys:
+        pages[_INDEX] = _page(_INDEX, pages[_INDEX].plain.replace(_WANTED, _WANTED.replace(b"wanted", b"none")))
 
     async def index(request: Request) -> HTTPResponse:
         return _answer(request, pages[_INDEX])

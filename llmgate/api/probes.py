@@ -35,10 +35,11 @@ def blueprint(
     post: Post,
 ) -> Blueprint:
     routes = Blueprint("probes")
+    who = {"generation": post.generation, "worker": post.place, "pid": os.getpid()}
+    known = {"status": "ok", "release": release(), "config": config} | who
 
     async def health(request: Request) -> HTTPResponse:
-        who = {"generation": post.generation, "worker": post.place, "pid": os.getpid()}
-        return json({"status": "ok", "release": release(), "config": config} | who)
+        return json(known)
 
     async def ready(request: Request) -> HTTPResponse:
         if door.draining:

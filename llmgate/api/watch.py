@@ -20,6 +20,7 @@ from sanic.response import json as json_response
 from llmgate.api.admin import describe
 from llmgate.api.conversation import visible
 from llmgate.api.door import Door, request_id
+from llmgate.api.entrance import has_admin
 from llmgate.core import body as bodies
 from llmgate.core import keys, policy
 from llmgate.core.explanation import as_json, explain
@@ -50,6 +51,7 @@ def blueprint(
     wall: Callable[[], float],
     stale_after_s: float,
     workers: int,
+    admin_apart: bool,
 ) -> Blueprint:
     """`in_flight`, `waiting`: requests at each node, and before all of them by model, of all workers. `dice`: 64 random
     bits each time."""
@@ -116,7 +118,8 @@ def blueprint(
         return json_response(as_json(explain(view.fleet, ask, clock(), stale_after_s)))
 
     async def key(request: Request) -> HTTPResponse:
-        return json_response(describe_key(door.who(request)))
+        here = has_admin(request, apart=admin_apart)
+        return json_response(describe_key(door.who(request)) | {"admin_api": here})
 
     routes.add_route(fleet, "/admin/fleet", methods=["GET"])
     routes.add_route(events, "/admin/fleet/events", methods=["GET"])

@@ -68,6 +68,11 @@ class Keyring:
         return len(self._by_digest)
 
     @property
+    def names(self) -> list[str]:
+        """Of the live keys, oldest first."""
+        return [key.name for key in self._by_digest.values()]
+
+    @property
     def limited(self) -> bool:
         """Whether any key has limits."""
         return any(key.limits != NO_LIMITS for key in self._by_digest.values())

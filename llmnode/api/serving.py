@@ -82,6 +82,8 @@ class Serving:
             reported=lambda: self.residency.reported,
             gpus=lambda: len(self._devices),
             certificate_end=lambda: self.certificate_end,
+            state=lambda: self.state,
+            spans_lost=lambda: traces.lost if traces else 0,
         )
         self._executor = executor
         self._busy = 0

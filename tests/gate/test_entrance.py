@@ -126,15 +126,13 @@ os.execv(sys.executable, [sys.executable, "-m", "llmgate", *sys.argv[4:]])
 """
 
 
-@pytest.mark.parametrize("order", ["llmgate.socket:admin", "admin:llmgate.socket"])
-def test_systemd_passes_both_sockets_by_name_and_they_outlive_the_gate(
-    gate: GateUnderTest, mock: Mock, order: str
-) -> None:
+@pytest.mark.parametrize("order", ["llmgate.socket:llmgate.socket", "admin:llmgate.socket", ""])
+def test_systemd_passes_both_sockets_and_they_outlive_the_gate(gate: GateUnderTest, mock: Mock, order: str) -> None:
     gate.list_nodes(mock("a"))
     gate.secret = gate.create_key("tester", "--admin")
     arguments = ["--nodes-file", str(gate.nodes_file), "--state-dir", str(gate.state), *FAST]
     with socket.create_server(("127.0.0.1", 0)) as door, socket.create_server(("127.0.0.1", 0)) as admin:
-        fds = [door.fileno(), admin.fileno()] if order.endswith("admin") else [admin.fileno(), door.fileno()]
+        fds = [door.fileno(), admin.fileno()] if "admin" not in order else [admin.fileno(), door.fileno()]
         command = [sys.executable, "-c", PASS_SOCKETS, *map(str, fds), order, "serve", *arguments]
         named = subprocess.run(command, pass_fds=fds, capture_output=True, text=True, timeout=60)
         assert named.returncode == 2
@@ -152,12 +150,9 @@ def test_systemd_passes_both_sockets_by_name_and_they_outlive_the_gate(
                 assert process.wait(60) == 0
 
 
-def test_sockets_that_are_too_many_or_named_alike_are_refused() -> None:
+def test_sockets_that_are_none_or_too_many_are_refused() -> None:
     pid = {"LISTEN_PID": str(os.getpid())}
-    for wrong in (
-        {"LISTEN_FDS": "2"}, {"LISTEN_FDS": "0"}, {"LISTEN_FDS": "x"}, {},
-        {"LISTEN_FDS": "2", "LISTEN_FDNAMES": "admin:admin"}, {"LISTEN_FDS": "3", "LISTEN_FDNAMES": "a:admin:b"},
-    ):  # fmt: skip
+    for wrong in ({"LISTEN_FDS": "3"}, {"LISTEN_FDS": "0"}, {"LISTEN_FDS": "x"}, {}):
         with pytest.raises(SettingError, match="were passed to it"):
             passed_sockets(pid | wrong)
     assert passed_sockets({"LISTEN_PID": "1", "LISTEN_FDS": "2"}).door is None

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import signal
+import socket
+import time
 from pathlib import Path
 
 import httpx
@@ -119,6 +122,73 @@ def test_a_reload_of_a_key_that_does_not_fit_is_refused_and_nothing_changes(flee
     wait_for(lambda: "is refused, generation 1 stays" in gate.output(), "the refusal")
     assert "key values mismatch" in gate.output()
     assert served(gate.port, fleet.context) == before
+
+
+def test_new_certificates_are_taken_without_a_reload_and_open_connections_stay(fleet: Fleet) -> None:
+    """As certbot does it: a link is moved to the new files. Those for nodes are written anew, in place."""
+    live = fleet.folder / "live"
+    live.symlink_to(fleet.folder)
+    first, fleet.door = fleet.door, Pair(live / "door.crt", live / "door.key")
+    gate = fleet.run(node(fleet.start, fleet.internal, fleet.internal.issue("node")), "--workers", "2")
+    fleet.ready()
+    body = {**CHAT, "ignore_eos": True, "max_tokens": 100}
+    with (
+        httpx.Client(base_url=gate.url, verify=fleet.context, timeout=60) as kept,
+        httpx.stream("POST", gate.url + "/v1/chat/completions", json=body, verify=fleet.context, timeout=60) as stream,
+    ):
+        before = kept.get("/health").json()
+        pieces = stream.iter_text()
+        next(pieces)
+        newer = fleet.folder / "newer"
+        newer.mkdir()
+        fleet.public._folder = newer
+        second = fleet.public.issue("door", days=2)
+        fleet.internal.issue("gate", days=3)
+        draft = fleet.folder / "live.new"
+        draft.symlink_to(newer)
+        draft.replace(live)
+        # Each worker takes it by itself: enough connections to have met both.
+        wait_for(
+            lambda: {served(gate.port, fleet.context) for _ in range(16)} == {second.der()},
+            "the new one, from all workers",
+        )
+        wait_for(lambda: fleet.ends() == {"clients": second.end(), "nodes": fleet.own.end()}, "the figures to follow")
+        assert "".join(pieces).endswith("data: [DONE]\n\n")
+        assert kept.get("/health").json() == before, "the same connection, worker and generation"
+    assert first.der() != second.der()
+    answer = httpx.post(gate.url + "/v1/chat/completions", json=CHAT, verify=fleet.context, timeout=60)
+    assert answer.status_code == 200
+
+
+def test_a_pair_that_does_not_fit_is_said_once_and_the_old_one_stays_until_it_does(fleet: Fleet) -> None:
+    gate = fleet.run(node(fleet.start, fleet.internal, fleet.internal.issue("node")))
+    fleet.ready()
+    before, end = fleet.door.der(), fleet.door.end()
+    other = fleet.public.issue("other", days=2)
+    fleet.door.certificate.write_bytes(other.certificate.read_bytes())
+    wait_for(lambda: "the new certificate for clients is refused, the old one stays" in gate.output(), "the refusal")
+    assert "key values mismatch" in gate.output()
+    time.sleep(2)
+    assert gate.output().count("is refused") == 1
+    assert served(gate.port, fleet.context) == before and fleet.ends()["clients"] == end
+    fleet.door.key.write_bytes(other.key.read_bytes())
+    wait_for(lambda: served(gate.port, fleet.context) == other.der(), "the whole new pair")
+    assert fleet.ends()["clients"] == other.end()
+
+
+def test_a_client_that_begins_a_handshake_and_no_more_costs_a_place_for_a_while(fleet: Fleet) -> None:
+    gate = fleet.run(
+        node(fleet.start, fleet.internal, fleet.internal.issue("node")), "--connections-limit", "4",
+        "--receive-timeout-s", "1",
+    )  # fmt: skip
+    fleet.ready()
+    with contextlib.ExitStack() as stack:
+        for _ in range(12):
+            silent = stack.enter_context(socket.create_connection(("127.0.0.1", gate.port), timeout=60))
+        assert fleet.answers("/health"), "the oldest gave way"
+        assert silent.recv(1) == b"", "the last was given its second, and no more"
+    assert "closed: " in gate.output() and "that had asked for nothing" in gate.output()
+    assert "Traceback" not in gate.output()
 
 
 def test_check_and_nodes_use_the_same_certificates(fleet: Fleet) -> None:

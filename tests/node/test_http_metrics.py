@@ -4,17 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import re
+import resource
+import time
 from pathlib import Path
 
+import psutil
 import pytest
 from prometheus_client.metrics import MetricWrapperBase
 from prometheus_client.parser import text_string_to_metric_families
 
 from llmgate.core.fleet import Fleet, Lease, Leased, Listed
+from llmgate.core.keys import Key, Keyring
+from llmgate.core.record import Record
 from llmgate.listing import Address
 from llmgate.metrics import Metrics as GateMetrics
 from llmnode.engine.types import Done, Finish, Stats, Text, Timings
 from llmnode.metrics import HostProbe, Metrics, total
+from llmnode.service import process
 from llmnode.wire.node import Load, Usage
 
 PAGE = Path(__file__).resolve().parents[2] / "docs" / "metrics.md"
@@ -63,10 +69,12 @@ def node_page(stats: Stats | None = None) -> bytes:
 
 
 def gate_page() -> bytes:
-    fleet = Fleet().apply(Listed((Address("a", "http://a"),)))
-    metrics = GateMetrics(lambda: fleet, lambda: {"tiny": 1}, lambda: 0.0, 3.0, certificate_ends={"clients": 1.0})
+    fleet, ring = Fleet().apply(Listed((Address("a", "http://a"),))), Keyring([Key("x", "digest")])
+    metrics = GateMetrics(
+        lambda: fleet, lambda: {"tiny": 1}, lambda: 0.0, 3.0, certificate_ends={"clients": 1.0}, keyring=lambda: ring
+    )
     for metric in vars(metrics).values():
-        if isinstance(metric, MetricWrapperBase):
+        if isinstance(metric, MetricWrapperBase) and metric._labelnames:
             metric.labels(*["x"] * len(metric._labelnames))
     return metrics.text()
 
@@ -172,3 +180,35 @@ def test_a_request_costs_its_prompt_once() -> None:
     assert total({2: Usage(5, 4, 5), 0: Usage(5, 0, 3), 1: Usage(5, 4, 4)}) == Usage(5, 0, 12)
     four = {3: Usage(7, 6, 1), 0: Usage(5, 0, 3), 1: Usage(5, 4, 4), 2: Usage(7, 1, 2)}
     assert total(four, prompts=2) == Usage(12, 1, 10), "of each prompt once"
+
+
+def test_keys_are_counted_by_name_while_they_live_and_only_so_many(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("llmgate.metrics.MOST_KEYS", 2)
+    live = [Key(name, name) for name in ("first", "second", "third")]
+    ring = [Keyring(live)]
+    metrics = GateMetrics(lambda: Fleet(), dict, lambda: 0.0, 3.0, keyring=lambda: ring[0])
+
+    def shown() -> dict[str, float]:
+        pattern = r'llmgate_key_tokens_total\{key="(.+)",kind="completion"\} (.+)'
+        return {name: float(count) for name, count in re.findall(pattern, metrics.text().decode())}
+
+    for name in ("first", "second", "third", "nobody", "anonymous"):
+        metrics.count(Record("r", "/", 0.0, key=name, usage=Usage(1, 0, 10)), "m", 1.0)
+    metrics.count(Record("r", "/", 0.0), "m", 1.0)
+    assert shown() == {"first": 10, "second": 10, "(others)": 20, "anonymous": 10}
+    ring[0] = Keyring([live[0], dataclasses.replace(live[1], revoked=1.0), live[2]])
+    assert shown() == {"first": 10, "(others)": 20, "anonymous": 10}
+
+
+def test_a_process_is_seen_as_it_is() -> None:
+    own = process.look()
+    assert own
+    with Path("/dev/null").open():
+        more = process.look()
+    assert more
+    assert more.open_files == own.open_files + 1
+    assert own.open_files_limit == resource.getrlimit(resource.RLIMIT_NOFILE)[0]
+    assert abs(own.started - psutil.Process().create_time()) < 2
+    assert 1 << 20 < own.resident_bytes < 1 << 34
+    assert 0 < own.cpu_seconds <= time.process_time() + 0.1
+    assert process.look(2**22 + 1) is None, "no process has that id"

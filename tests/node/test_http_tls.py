@@ -68,11 +68,26 @@ def test_a_reload_takes_a_new_certificate_and_cuts_no_stream(start: Start, tmp_p
         pieces = stream.iter_text()
         next(pieces)
         fleet.issue("node", days=2)
-        assert ends(node, context) != {"": own.end()}, "what is served counts, not what lies in the file"
         node.signal(signal.SIGHUP)
         wait_for(lambda: served(node.port, context) == own.der() != first, "the new certificate")
         assert "".join(pieces).endswith("data: [DONE]\n\n")
     assert ends(node, context) == {"": own.end()}
+
+
+def test_a_new_certificate_is_taken_without_being_asked_to_and_a_bad_one_is_not(start: Start, tmp_path: Path) -> None:
+    fleet = Authority(tmp_path)
+    own, context = fleet.issue("node"), fleet.client()
+    node = ready(start("llmnode", *flags(own)), context)
+    with httpx.Client(base_url=node.url, verify=context, timeout=60) as kept:
+        assert kept.get("/health").status_code == 200
+        fleet.issue("node", days=2)
+        wait_for(lambda: served(node.port, context) == own.der(), "the new certificate")
+        wait_for(lambda: ends(node, context) == {"": own.end()}, "the figure to follow")
+        assert kept.get("/health").status_code == 200
+    good = own.der()
+    own.certificate.write_text("this is none")
+    wait_for(lambda: "keeping the old certificate" in node.output(), "its refusal")
+    assert served(node.port, context) == good
 
 
 def test_a_node_with_mutual_tls_tells_when_its_certificate_ends_also_when_it_has(start: Start, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[2]
 ROLE = ROOT / "roles/llmrack_monitoring"
 METRIC = re.compile(r"^\| `(ll\w+)` \| (\w+) \|", re.MULTILINE)
 # Of Prometheus and its exporter; docs/operations.md names them.
-OTHERS = {"up", "node_filesystem_avail_bytes", "node_filesystem_size_bytes"}
+OTHERS = {"up", "ALERTS", "node_filesystem_avail_bytes", "node_filesystem_size_bytes"}
 WORDS = {"and", "or", "unless", "bool", "offset", "Inf", "NaN"}
 
 
@@ -44,6 +44,11 @@ def rules() -> list[dict[str, Any]]:
 
 
 def panels() -> list[dict[str, Any]]:
+    """All that show something, without the rows that they stand in."""
+    return [panel for panel in dashboard() if panel["type"] != "row"]
+
+
+def dashboard() -> list[dict[str, Any]]:
     return list(json.loads((ROLE / "files/dashboard.json").read_text())["panels"])
 
 
@@ -98,16 +103,31 @@ def test_alerts_fire_when_they_should(tool: Path) -> None:
     check(tool, "test", "rules", ROOT / "tests/roles/alerts.yml")
 
 
+def test_the_dashboard_answers_what_an_operator_asks() -> None:
+    rows = [panel["title"] for panel in dashboard() if panel["type"] == "row"]
+    assert rows == ["Is it up?", "Is it fast?", "Is it full?", "Who uses it?", "What is about to break?"]
+    page = (ROOT / "docs/operations.md").read_text()
+    assert [row for row in rows if f"*{row}*" not in page] == []
+    assert [panel["title"] for panel in panels() if not panel["description"].endswith((".", "?"))] == []
+
+
 def test_the_dashboard_is_whole(tool: Path, tmp_path: Path) -> None:
     seen = panels()
     assert len({panel["id"] for panel in seen}) == len(seen)
     assert all(panel["title"] and panel["fieldConfig"]["defaults"]["unit"] for panel in seen)
-    corners = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in seen}
-    assert len(corners) == len(seen), "no panel lies on another"
+    taken = [(x, y) for panel in dashboard() for x, y in squares(panel["gridPos"])]
+    assert len(set(taken)) == len(taken), "no panel lies on another"
+    assert {x for x, _ in taken} == set(range(24)), "Grafana has 24 columns"
     asked = [target["expr"].replace("$__rate_interval", "5m") for panel in seen for target in panel["targets"]]
     recorded = [{"record": f"panel:{number}", "expr": text} for number, text in enumerate(asked)]
     (tmp_path / "rules.yml").write_text(yaml.safe_dump({"groups": [{"name": "dashboard", "rules": recorded}]}))
     check(tool, "check", "rules", tmp_path / "rules.yml")
+
+
+def squares(place: dict[str, int]) -> Iterator[tuple[int, int]]:
+    for x in range(place["x"], place["x"] + place["w"]):
+        for y in range(place["y"], place["y"] + place["h"]):
+            yield x, y
 
 
 @pytest.fixture(scope="module")

@@ -240,6 +240,17 @@ def test_the_gates_socket_listens_where_the_inventory_says(tmp_path: Path) -> No
         assert re.findall(r"^ListenStream=(.*)$", (tmp_path / address).read_text(), re.MULTILINE) == [listens]
 
 
+def test_the_admin_api_gets_its_address_in_the_socket_and_in_the_settings(tmp_path: Path) -> None:
+    admin = {"llmgate_admin_listen": "127.0.0.1:8001"}
+    names = ("llmgate.socket", "llmgate.toml")
+    files = [File("llmgate", name, f"{name}.{bool(given)}", given) for name in names for given in ({}, admin)]
+    render(tmp_path, files, roles=["llmgate"])
+    listens = re.findall(r"^ListenStream=(.*)$", (tmp_path / "llmgate.socket.True").read_text(), re.MULTILINE)
+    assert listens == ["0.0.0.0:8000", "127.0.0.1:8001"], "the gate tells them apart by their order"
+    assert 'admin_listen = "127.0.0.1:8001"' in (tmp_path / "llmgate.toml.True").read_text()
+    assert "admin_listen" not in (tmp_path / "llmgate.toml.False").read_text()
+
+
 def test_labels_weights_and_routes_reach_the_gates_nodes_file(tmp_path: Path) -> None:
     routes = {
         "qwen-7b": {"aliases": ["gpt-4o", 'q"uote'], "fallback": ["small"], "labels": {"zone": "ä"}},

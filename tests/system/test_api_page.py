@@ -24,9 +24,8 @@ NAMED = re.compile(r'"model": "|model=|/models/')
 
 @pytest.mark.parametrize("command", COMMANDS, ids=lambda command: command.split()[1].strip('"').removeprefix(ADDRESS))
 def test_a_curl_of_the_page_is_answered(command: str, fake_fleet: Fleet, house: House) -> None:
-    named, operators = NAMED.search(command), "/admin/" in command
-    url = (house if named else fake_fleet).gate.url
-    key = (house.admin if operators else house.key) if named else (fake_fleet.admin if operators else fake_fleet.key)
+    fleet = house if NAMED.search(command) else fake_fleet
+    url, key = fleet.gate.url, fleet.admin if "/admin/" in command else fleet.key
     here = command.replace(ADDRESS, url).replace("curl ", "curl -sS --fail-with-body ", 1)
     assert here.count(url) == 1
     done = subprocess.run(

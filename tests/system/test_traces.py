@@ -149,7 +149,7 @@ def test_who_shows_no_key_leaves_no_trace(fleet: Fleet, there: Collector) -> Non
     refused, wanted = "4" * 32, "5" * 32
     assert ask(fleet, {}, f"00-{refused}-{CLIENT}-01", authorization="Bearer nobody").status_code == 401
     assert ask(fleet, {"messages": 1}, f"00-{wanted}-{CLIENT}-01").status_code == 400
-    (door,) = of(there.trace(wanted, CHAT), "llmgate", CHAT)
+    (door,) = of(there.trace(wanted, CHAT, CHAT), "llmgate", CHAT)
     assert not door.failed, "a client's mistake is no failure of the server"
     assert [span for span in there.spans if span.trace == refused] == []
 

@@ -6,12 +6,12 @@ Source of the form: the OpenAPI Specification 3.1.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Any, Literal
 
 from llmnode.wire import headers
-from llmnode.wire.openapi import fields
+from llmnode.wire.openapi import fields, operators
 from llmnode.wire.openapi.fields import Schema
+from llmnode.wire.openapi.operation import EVENTS, GATE, NODE, Operation
 
 Side = Literal["node", "gate"]
 
@@ -29,48 +29,12 @@ _STATUS = {
     504: "The answer was not ready in time",
 }
 _ALWAYS = (400, 401, 403, 404, 405, 408, 413, 431, 503, 504)
-_EVENTS = "text/event-stream"
 
 
-@dataclass(frozen=True)
-class Operation:
-    """One method of one path.
-
-    name: unique, for clients that are made from the document.      tag: the chapter that it stands in.
-    body: schema of what it takes; None for nothing.        streams: whether it may answer in events.
-    query: parameters in the address, (name, schema).       at: who serves it.      open: who of these asks for no key.
-    answer: media type of the answer.       also: statuses of its own.
-    """
-
-    method: str
-    path: str
-    name: str
-    tag: str
-    summary: str
-    body: Schema | None = None
-    streams: bool = False
-    query: tuple[tuple[str, Schema], ...] = ()
-    at: frozenset[str] = frozenset({"node", "gate"})
-    open: frozenset[str] = frozenset()
-    answer: str = "application/json"
-    also: tuple[int, ...] = ()
-
-
-_NODE, _GATE = frozenset({"node"}), frozenset({"gate"})
-_BOTH = _NODE | _GATE
+_BOTH = NODE | GATE
 _OF_MODEL = (("model", fields.text("Which model; may be left out where only one is served", minLength=1)),)
-_SPAN = tuple(
-    (name, fields.text(f"{what}: a day, a time of ISO 8601, or 7d, 12h, 30m ago"))
-    for name, what in (("since", "From then on"), ("until", "To before then"))
-)
-_CHOSEN = (
-    ("key", fields.text("Of this key alone")),
-    ("model", fields.text("Of this model alone")),
-    ("node", fields.text("Of this node alone")),
-    ("status", fields.text("With this status, like 200, or one of a class, like 5xx")),
-)
 _CHATS, _TEXTS, _VECTORS = "Chats", "Completions", "Embeddings and reranking"
-_TOKENS, _NATIVE, _MODELS, _STATE, _ADMIN = "Tokens", "As llama-server", "Models", "State", "Operators"
+_TOKENS, _NATIVE, _MODELS, _STATE = "Tokens", "As llama-server", "Models", "State"
 
 OPERATIONS: tuple[Operation, ...] = (
     Operation("post", "/v1/chat/completions", "chat", _CHATS, "Answer a chat", fields.CHAT, streams=True),
@@ -111,29 +75,14 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/v1/models", "models", _MODELS, "The models that the key may use"),
     Operation("get", "/models", "native_models", _MODELS, "The same list"),
     Operation("get", "/v1/models/{name}", "model", _MODELS, "One of them"),
+    Operation("get", "/v1/key", "own_key", _STATE, "The key that is shown, and what it may do", at=GATE),
     Operation("get", "/health", "health", _STATE, "Whether the process can do its work", open=_BOTH),
     Operation("get", "/ready", "ready", _STATE, "Whether it takes work", open=_BOTH),
     Operation("get", "/metrics", "metrics", _STATE, "Prometheus's text format", open=_BOTH, answer="text/plain"),
-    Operation("get", "/node", "report", _STATE, "What the node says of itself", at=_NODE, also=(304,)),
-    Operation("get", "/admin/nodes", "nodes", _ADMIN, "All nodes", at=_GATE),
-    Operation("get", "/admin/nodes/{name}", "node", _ADMIN, "One node", at=_GATE),
-    Operation("post", "/admin/nodes/{name}/drain", "drain", _ADMIN, "Keep new work away from a node", fields.DRAIN,
-              at=_GATE, also=(409,)),
-    Operation("delete", "/admin/nodes/{name}/drain", "undrain", _ADMIN, "Let it have work again", at=_GATE,
-              query=(("owner", fields.text("Whose lease it is", minLength=1)),), also=(409,)),
-    Operation("get", "/admin/usage", "usage", _ADMIN, "What was used, added up", at=_GATE,
-              query=(("by", fields.text("Some of key, model, node and day, with commas between")), *_SPAN, *_CHOSEN[:2],
-                     ("format", {"type": "string", "enum": ["json", "csv"]}))),
-    Operation("get", "/admin/requests", "requests", _ADMIN, "What the ledger has of single requests, newest first",
-              at=_GATE, query=(("after", fields.whole("The next ones after this row", 0)),
-                               ("before", fields.whole("Those older than this row", 0)),
-                               ("limit", fields.whole("How many at most", 1, 1000)), *_CHOSEN)),
-    Operation("get", "/admin/requests/events", "requests_events", _ADMIN, "The same, as they end", streams=True,
-              at=_GATE, query=(("after", fields.whole("Begin after this row, not with what ends from now on", 0)),
-                               *_CHOSEN)),
-    Operation("get", "/admin/requests/{name}", "request", _ADMIN, "One of them", at=_GATE),
-    Operation("get", "/openapi.json", "openapi", _STATE, "This document", open=_GATE),
-    Operation("get", "/docs", "docs", _STATE, "This document as a page", open=_GATE, answer="text/html"),
+    Operation("get", "/node", "report", _STATE, "What the node says of itself", at=NODE, also=(304,)),
+    Operation("get", "/openapi.json", "openapi", _STATE, "This document", open=GATE),
+    Operation("get", "/docs", "docs", _STATE, "This document as a page", open=GATE, answer="text/html"),
+    *operators.OPERATIONS,
 )  # fmt: skip
 
 _ERROR: Schema = {
@@ -207,10 +156,12 @@ def _described(operation: Operation, side: Side) -> dict[str, Any]:
 def _responses(operation: Operation) -> dict[str, Any]:
     good: dict[str, Any] = {operation.answer: {"schema": {"type": "string"}}}
     if operation.answer == "application/json":
-        good = {operation.answer: {"schema": {"type": ["object", "array"]}}}
+        good = {operation.answer: {"schema": operation.returns or {"type": ["object", "array"]}}}
     if operation.streams:
-        good[_EVENTS] = {"schema": {"type": "string"}}
-    answers: dict[str, Any] = {"200": {"description": "Well", "content": good}}
+        good[EVENTS] = {"schema": {"type": "string"}}
+    for media in operation.or_else:
+        good[media] = {"schema": {"type": "string"}}
+    answers: dict[str, Any] = {str(operation.status): {"description": "Well", "content": good}}
     for status in sorted({*_ALWAYS, *operation.also}):
         answers[str(status)] = {"description": _STATUS.get(status, "Nothing has changed")}
         if status >= 400:
