@@ -154,12 +154,12 @@ class Demo:
                  f"{time.monotonic() - started:.2f} s)")  # fmt: skip
 
     def explain(self) -> None:
-        """Print the address, the key and a command to try."""
+        """Print the addresses, the key and a command to try."""
         body = '{"messages": [{"role": "user", "content": "Hello"}], "stream": true}'
         if self.model is None:
             self.say("\nAsk it also: " + " ".join(SUGGESTIONS))
         self.say(
-            f"\nAddress  {self.gate.url}/v1\nKey      {self.key}\n"
+            f"\nConsole  {self.gate.url}/\nAddress  {self.gate.url}/v1\nKey      {self.key}\n"
             f"Try      curl -N {self.gate.url}/v1/chat/completions -H 'Authorization: Bearer {self.key}' "
             f"-H 'Content-Type: application/json' -d {shlex.quote(body)}\n"
             f"Logs     {self.folder}"
@@ -286,7 +286,7 @@ def _create_key(state: Path) -> str:
     secret = state.parent / "key"
     secret.write_text("sk-llmrack-" + secrets.token_urlsafe(24) + "\n")
     secret.chmod(0o600)
-    command = [sys.executable, "-m", "llmgate", "keys", "create", "demo", "--state-dir", str(state)]
+    command = [sys.executable, "-m", "llmgate", "keys", "create", "demo", "--admin", "--state-dir", str(state)]
     done = subprocess.run([*command, "--from-file", str(secret)], capture_output=True, text=True, check=False)
     if done.returncode != 0:
         raise DemoError(f"could not create a key: {done.stderr.strip()}")

@@ -31,7 +31,7 @@ from tests.processes import wait_for
 ROLES = ("nobody", "unknown", "expired", "revoked", "user", "limited", "admin")
 IN = "in"
 NO_KEY, BAD_KEY = (401, "missing_api_key"), (401, "invalid_api_key")
-_NOT_IN = (NO_KEY, BAD_KEY, BAD_KEY, BAD_KEY)
+_NOT_IN = (NO_KEY, BAD_KEY, (401, "api_key_expired"), BAD_KEY)
 _NO_MODEL, _NO_ADMIN = (403, "model_not_allowed"), (403, "admin_only")
 
 OPEN = dict.fromkeys(ROLES, IN)
@@ -56,6 +56,18 @@ TABLE: dict[tuple[str, str], dict[str, object]] = {
     ("GET", "/metrics"): OPEN,
     ("GET", "/openapi.json"): OPEN,
     ("GET", "/docs"): OPEN,
+    ("GET", "/"): OPEN,
+    ("HEAD", "/"): OPEN,
+    ("GET", "/console/{name}"): OPEN,
+    ("HEAD", "/console/{name}"): OPEN,
+    ("GET", "/v1/key"): ANY,
+    ("GET", "/admin/fleet"): ADMIN,
+    ("GET", "/admin/fleet/events"): ADMIN,
+    ("POST", "/admin/explain"): ADMIN,
+    ("GET", "/admin/keys"): ADMIN,
+    ("POST", "/admin/keys"): ADMIN,
+    ("PATCH", "/admin/keys/{name}"): ADMIN,
+    ("DELETE", "/admin/keys/{name}"): ADMIN,
     ("GET", "/admin/nodes"): ADMIN,
     ("GET", "/admin/nodes/{name}"): ADMIN,
     ("POST", "/admin/nodes/{name}/drain"): ADMIN,
@@ -65,7 +77,7 @@ TABLE: dict[tuple[str, str], dict[str, object]] = {
     ("GET", "/admin/requests/events"): ADMIN,
     ("GET", "/admin/requests/{name}"): ADMIN,
 }
-UNDESCRIBED: frozenset[str] = frozenset()
+UNDESCRIBED = frozenset({"/", "/console/{name}"})
 """Paths that are pages for people, and not in the OpenAPI document."""
 CELLS = [(method, path, role) for method, path in TABLE for role in ROLES]
 

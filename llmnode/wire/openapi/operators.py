@@ -73,6 +73,65 @@ _USAGE = _answer(
     },
 )
 
+_LIMITS: dict[str, Schema] = {
+    "requests_per_minute": whole("Requests in any minute", 1),
+    "tokens_per_minute": whole("Tokens in any minute", 1),
+    "concurrent_requests": whole("Requests at a time", 1),
+    "tokens_per_day": whole("Tokens of a day, from midnight UTC on", 1),
+    "tokens_per_month": whole("Tokens of a month", 1),
+}
+_GRANT: dict[str, Schema] = {
+    "owner": text("Who answers for it", maxLength=200),
+    "role": text("What it is for", enum=["user", "admin"]),
+    "models": some("What it may use; none for all", text("A model", minLength=1, maxLength=200), most=1000),
+    "priority": text("Who goes first when requests wait", enum=["high", "normal", "low"]),
+    "expires_at": text("When it ends, ISO 8601; null for never"),
+    "ttl_seconds": number("When it ends, from now on; null for never", 0, above=True),
+    "limits": thing("What it may use of the fleet; null for no limit", _LIMITS),
+}
+_KEY_SEEN = _answer(
+    "A key, without its secret",
+    {
+        "name": text("Whose it is"),
+        "owner": text("Who answers for it"),
+        "admin": flag("Whether it may use /admin"),
+        "role": text("The same in a word"),
+        "models": some("What it may use; none for all", text("A model")),
+        "priority": text("Who goes first when requests wait"),
+        "created": text("ISO 8601"),
+        "expires": text("ISO 8601"),
+        "revoked": text("ISO 8601"),
+        "limits": thing("What it may use of the fleet; null for no limit"),
+        "use": thing("What it has used of each limit"),
+    },
+    or_null=("expires", "revoked", "use"),
+)
+_FLEET = _answer(
+    "The whole fleet",
+    {
+        "now": number("When this was said, in seconds since 1970", 0),
+        "gate": thing("Host, release, workers and the policy of each model"),
+        "nodes": some("All of them", _NODE_SEEN),
+        "history": thing("By node, the last 15 minutes: times, and of each requests, KV cells in use, tokens/s"),
+        "queue": thing("By model, requests that wait at the gate"),
+    },
+)
+_EXPLAINED = _answer(
+    "What the router would do",
+    {
+        "model": text("Which one would answer"),
+        "asked": text("Which one was asked for"),
+        "sent_as": text("What the nodes know it as"),
+        "notes": some("What else there is to say", text("A fallback, a canary")),
+        "prompt": thing("Its bytes, the blocks they are cut into, and the root of their chain"),
+        "policy": text("The one in force"),
+        "nodes": some("The figures of those that could", thing()),
+        "passed_over": some("The others, and why", thing()),
+        "policies": some("How each would rank them", thing()),
+    },
+    or_null=("model", "prompt"),
+)
+
 
 def _gate(method: str, path: str, name: str, summary: str, body: Schema | None = None, **more: Any) -> Operation:
     return Operation(method, "/admin" + path, name, _CHAPTER, summary, body, at=GATE, **more)
@@ -85,6 +144,21 @@ OPERATIONS: tuple[Operation, ...] = (
     _gate("delete", "/nodes/{name}/drain", "undrain", "Let it have work again", also=(409,), query=(
         ("owner", text("Whose lease it is", minLength=1)), ("force", text("Whoever has it", enum=["true", "false"]))),
         returns=_answer("", {"node": text("The node"), "released": flag("Whether there was a lease")})),
+    _gate("get", "/fleet", "fleet", "The whole fleet at once", returns=_FLEET),
+    _gate("get", "/fleet/events", "fleet_events", "The same once a second, of the history what is new", answer=EVENTS),
+    _gate("post", "/explain", "explain", "What the router would do with a request, and why", thing(
+        "A request, which is sent to nobody",
+        {"path": text("Where it would go; chats unless given"), "body": thing("Its body")}, required=("body",)),
+        returns=_EXPLAINED),
+    _gate("get", "/keys", "keys", "All keys", returns=_answer("", {"keys": some("All of them", _KEY_SEEN)})),
+    _gate("post", "/keys", "make_key", "Make a key; its secret is in this answer and never again", thing(
+        "A key", {"name": text("Whose it is", minLength=1, maxLength=64), **_GRANT}, required=("name",)),
+        status=201, also=(409,), returns=_KEY_SEEN),
+    _gate("patch", "/keys/{name}", "change_key", "Change a key", thing("What is to change", _GRANT), also=(409,),
+          returns=_KEY_SEEN),
+    _gate("delete", "/keys/{name}", "revoke_key", "End a key", also=(409,),
+          query=(("force", text("The last admin key too", enum=["true", "false"])),),
+          returns=_answer("", {"name": text("Whose it was"), "revoked": flag("That it is")})),
     _gate("get", "/usage", "usage", "What was used, added up", or_else=("text/csv",), returns=_USAGE, query=(
         ("by", text("Some of key, model, node and day, with commas")),
         ("since", text("From when: a day, a time (ISO 8601), or ago, such as 30m, 12h, 7d")),
