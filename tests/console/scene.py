@@ -14,7 +14,7 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -66,7 +66,7 @@ class Scene:
 
 
 @contextmanager
-def scene(folder: Path, *, askers: int = 12) -> Iterator[Scene]:
+def scene(folder: Path, *, askers: int = 12, nodes: Iterable[str] = NODES) -> Iterator[Scene]:
     """Start it all; `askers` requests run at most at a time. Everything ends with the context."""
     programs = _starter(folder)
     start = next(programs)
@@ -79,7 +79,7 @@ def scene(folder: Path, *, askers: int = 12) -> Iterator[Scene]:
             asker.join()
 
     try:
-        fleet, keys = _fleet(folder, start)
+        fleet, keys = _fleet(folder, start, nodes)
         askers_now += [
             threading.Thread(target=_ask_on, args=(fleet, keys, random.Random(n), ended), daemon=True)
             for n in range(askers)
@@ -92,14 +92,11 @@ def scene(folder: Path, *, askers: int = 12) -> Iterator[Scene]:
         next(programs, None)
 
 
-def _fleet(folder: Path, start: Callable[..., Program]) -> tuple[Fleet, dict[str, str]]:
+def _fleet(folder: Path, start: Callable[..., Program], names: Iterable[str]) -> tuple[Fleet, dict[str, str]]:
     token, state, listing = folder / "token", folder / "state", folder / "nodes.toml"
     token.write_text("fleet-token-of-the-tests-0123456789\n")
     state.mkdir()
-    nodes = {
-        name: start("llmnode", "--name", name, "--fleet-token-file", str(token), *flags)
-        for name, flags in NODES.items()
-    }
+    nodes = {name: start("llmnode", "--name", name, "--fleet-token-file", str(token), *NODES[name]) for name in names}
     listing.write_text(
         "".join(
             f'[[nodes]]\nname = "{name}"\nurl = "{node.url}"\nlabels = {{rack = "{RACKS[name.partition("-")[0]]}"}}\n'

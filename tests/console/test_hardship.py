@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import signal
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import httpx
 from playwright.sync_api import expect
@@ -16,49 +18,50 @@ from tests.system.fleet import Fleet
 GONE = "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE"
 
 
-def bring_back(fleet: Fleet, start: Start, name: str) -> None:
-    fleet.nodes[name] = again(start, fleet.nodes[name]).ready()
-    fleet.usable(2)
+def heard(fleet: Fleet, begun: threading.Event, **headers: str) -> list[str]:
+    """The lines of a streamed answer to LONG; `begun` is set once some are there."""
+    body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 150, "temperature": 0, "stream": True}
+    headers |= {"authorization": f"Bearer {fleet.key}"}
+    lines = []
+    with httpx.stream(
+        "POST", fleet.gate.url + "/v1/chat/completions", json=body, headers=headers, timeout=120
+    ) as answer:
+        for line in answer.iter_lines():
+            lines += [line] if line else []
+            if len(lines) > 10:
+                begun.set()
+    return lines
 
 
-def test_an_answer_goes_on_where_its_node_is_killed_and_the_page_says_so(
+def test_answers_go_on_where_their_node_is_killed_and_the_page_says_so(
     frail: Fleet, start_module: Start, open_console: Open
 ) -> None:
-    console = playground(open_console, frail, **{"Max tokens": "150"})
+    """Clients that did not ask for it are told nothing: they get every byte as they always did."""
     whole = frail.chat(LONG, max_tokens=150, temperature=0).json()["choices"][0]["message"]["content"]
     assert len(whole) == 150, "LONG must be answered at length"
-    answer = console.ask(LONG)
-    wait_for(lambda: len(answer.locator(".words").inner_text()) > 10, "some words")
-    first = next(name for name, node in frail.view().items() if node["load"]["running"])
-    frail.nodes[first].signal(signal.SIGKILL)
-    (other,) = {"a", "b"} - {first}
+    console = playground(open_console, frail, **{"Max tokens": "150"})
+    assert frail.drain("b").status_code == 200
+    begun = [threading.Event(), threading.Event()]
+    with ThreadPoolExecutor() as others:
+        told = others.submit(heard, frail, begun[0], **{"x-llmrack-tell": "node"})
+        untold = others.submit(heard, frail, begun[1])
+        answer = console.ask(LONG)
+        wait_for(lambda: len(answer.locator(".words").inner_text()) > 10, "some words")
+        assert all(one.wait(60) for one in begun)
+        assert frail.undrain("b").status_code == 200
+        frail.nodes["a"].signal(signal.SIGKILL)
+        assert [line for line in told.result() if line.startswith(":")] == [": node b"]
+        assert [line for line in untold.result() if line.startswith(":")] == []
+        assert told.result()[-1] == untold.result()[-1] == "data: [DONE]"
     console.done(answer)
     assert words(console) == whole
-    expect(answer.locator(".figures")).to_contain_text(f"node {first} → {other}")
-    expect(answer).to_contain_text(f"The answer went on at {other} where {first} could not.")
-    fleet_page = open_console(frail, key=frail.admin).page
-    node = fleet_page.locator(".node", has=fleet_page.get_by_role("heading", name=first, exact=True))
+    expect(answer.locator(".figures")).to_contain_text("node a → b")
+    expect(answer).to_contain_text("The answer went on at b where a could not.")
+    page = open_console(frail, key=frail.admin).page
+    node = page.locator(".node", has=page.get_by_role("heading", name="a", exact=True))
     expect(node.locator(".pill")).to_have_text("unreachable")
-    bring_back(frail, start_module, first)
+    frail.nodes["a"] = again(start_module, frail.nodes["a"])
     expect(node.locator(".pill")).to_contain_text("ready")
-
-
-def test_only_who_asks_for_it_is_told_of_the_nodes(frail: Fleet, start_module: Start) -> None:
-    """Other clients get every byte as they always did."""
-    body = {"messages": [{"role": "user", "content": LONG}], "max_tokens": 60, "temperature": 0, "stream": True}
-    for tell in (True, False):
-        headers = {"authorization": f"Bearer {frail.key}"} | ({"x-llmrack-tell": "node"} if tell else {})
-        url, lines = frail.gate.url + "/v1/chat/completions", []
-        with httpx.stream("POST", url, json=body, headers=headers, timeout=120) as answer:
-            first = answer.headers["x-llmrack-node"]
-            for line in answer.iter_lines():
-                lines.append(line)
-                if len(lines) == 20:
-                    frail.nodes[first].signal(signal.SIGKILL)
-        assert [line for line in lines if line][-1] == "data: [DONE]"
-        (other,) = {"a", "b"} - {first}
-        assert [line for line in lines if line.startswith(":")] == ([f": node {other}"] if tell else [])
-        bring_back(frail, start_module, first)
 
 
 def test_a_gate_that_goes_away_is_missed_and_found_again(frail: Fleet, start_module: Start, open_console: Open) -> None:
@@ -82,5 +85,3 @@ def test_a_gate_that_goes_away_is_missed_and_found_again(frail: Fleet, start_mod
     frail.gate = again(start_module, frail.gate).ready()
     expect(page.locator("#banner")).to_be_empty()
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
-    console.go("fleet")
-    frail.usable(2)

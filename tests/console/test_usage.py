@@ -56,7 +56,7 @@ def test_a_key_is_made_shown_once_limited_and_revoked(quiet: Fleet, open_console
     with dialog(console, "New key") as box:
         box.get_by_label("Name").fill("lab")
         box.get_by_role("button", name="Create").click()
-        expect(box.get_by_role("alert")).to_contain_text("lab")
+        expect(box.get_by_role("alert")).to_contain_text("of that name")
         box.get_by_role("button", name="Cancel").click()
     row.get_by_role("button", name="Edit lab").click()
     with dialog(console, "Edit lab") as box:
