@@ -45,9 +45,9 @@ export function keysPanel(gate) {
       { class: key.revoked ? "soft" : "" },
       h("th", { scope: "row" }, h("span", null, key.name), key.owner ? h("div", { class: "soft small" }, key.owner) : null),
       h("td", null, h("span", { class: "tag" }, key.role ?? (key.admin ? "admin" : "user")), key.priority && key.priority !== "normal" ? h("span", { class: "tag" }, key.priority) : null),
-      h("td", null, key.models.length ? key.models.join(", ") : h("span", { class: "soft" }, "all")),
-      h("td", null, limits.length ? h("div", { class: "limits" }, limits.map(([name, short]) => limit(short, key.limits[name], key.use?.[name]))) : h("span", { class: "soft" }, "none")),
-      h("td", null, key.revoked ? h("span", { class: "bad" }, `revoked ${date(key.revoked)}`) : expiry(key)),
+      h("td", { "data-name": "Models" }, key.models.length ? key.models.join(", ") : h("span", { class: "soft" }, "all")),
+      h("td", { "data-name": "Limits" }, limits.length ? h("div", { class: "limits" }, limits.map(([name, short]) => limit(short, key.limits[name], key.use?.[name]))) : h("span", { class: "soft" }, "none")),
+      h("td", { "data-name": "Expires" }, key.revoked ? h("span", { class: "bad" }, `revoked ${date(key.revoked)}`) : expiry(key)),
       h("td", { class: "number" }, key.revoked ? null : [
         h("button", { class: "quiet", type: "button", "aria-label": `Edit ${key.name}`, onclick: () => edit(key) }, "Edit"),
         h("button", { class: "quiet danger", type: "button", "aria-label": `Revoke ${key.name}`, onclick: () => revoke(key) }, "Revoke")]),

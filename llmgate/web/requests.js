@@ -155,16 +155,16 @@ function line(row) {
   const cell = h("td", { class: "strip" });
   const good = row.status < 400 && row.end === "done";
   const tone = good ? "good" : row.status === 499 || row.end === "client_left" ? "warn" : "bad";
+  // Every prompt has tokens: none are what nobody has counted.
+  const tokens = [row.prompt_tokens, row.cached_tokens, row.completion_tokens].map((value) => (row.prompt_tokens ? value : null));
   const top = h(
     "tr",
     { onclick: toggle },
     h("td", null, button),
     text(row.key), text(row.model),
     h("td", null, h("span", { class: "cut" }, row.node ?? "–"), row.resumed ? h("span", { class: "tag" }, "moved") : null),
-    h("td", null, h("span", { class: `pill ${tone}` }, good ? String(row.status) : `${row.status} ${row.end}`)),
-    h("td", { class: "number" }, count(row.prompt_tokens)),
-    h("td", { class: "number" }, count(row.cached_tokens)),
-    h("td", { class: "number" }, count(row.completion_tokens)),
+    h("td", null, h("span", { class: `pill ${tone}` }, String(row.status), good ? null : h("span", { class: "wide" }, row.end))),
+    tokens.map((value) => h("td", { class: "number" }, count(value))),
     h("td", { class: "number" }, duration(row.time_to_first_token_seconds)),
     h("td", { class: "number" }, duration(row.duration_seconds)),
     cell,

@@ -11,7 +11,7 @@ const OTHERS = "others";
 const FIGURES = {
   tokens: { name: "Tokens", of: (row) => row.prompt_tokens + row.completion_tokens },
   requests: { name: "Requests", of: (row) => row.requests },
-  computed: { name: "Computed tokens", of: (row) => row.prompt_tokens - row.cached_tokens + row.completion_tokens },
+  computed: { name: "Computed", of: (row) => row.prompt_tokens - row.cached_tokens + row.completion_tokens },
 };
 
 /** @param {import("./api.js").Gate} gate @returns {import("./main.js").Page} */

@@ -84,8 +84,8 @@ export function facts(row) {
     ["Model", row.model ?? NONE],
     ["Status", `${row.status} (${row.end})`],
     ["Streamed", row.stream ? "yes" : "no"],
-    ["Prompt", row.prompt_tokens === null ? NONE : `${count(row.prompt_tokens)} tokens, ${count(row.cached_tokens)} cached`],
-    ["Answer", row.completion_tokens === null ? NONE : `${count(row.completion_tokens)} tokens`],
+    ["Prompt", !row.prompt_tokens ? NONE : `${count(row.prompt_tokens)} tokens, ${count(row.cached_tokens)} cached`],
+    ["Answer", !row.prompt_tokens ? NONE : `${count(row.completion_tokens)} tokens`],
     ["Moved", row.resumed ? `${count(row.resumed)} time${row.resumed === 1 ? "" : "s"} to another node` : "no"],
     ["Gate", row.gate ?? NONE],
   ];

@@ -23,12 +23,15 @@ from typing import Any
 import httpx
 from playwright.sync_api import sync_playwright
 
+from llmgate.core.keys import PREFIX, Key, digest
+from llmgate.core.limits import NO_LIMITS, Limits
+from llmgate.core.queue import Priority
 from llmgate.database import Database
 from llmgate.store import Store
 from tests.conftest import _starter
 from tests.processes import Program, free_port
 from tests.programs import need
-from tests.system.fleet import Fleet, create_key
+from tests.system.fleet import Fleet
 
 FAKE = ("--backend", "fake", "--n-ctx", "2048", "--kv-cells", "8192")
 LARGE = ("--model-id", "chat-large", "--slots", "8", "--fake-step-delay-s", "0.03", *FAKE)
@@ -38,6 +41,18 @@ NODES = {"gpu1-a": LARGE, "gpu1-b": LARGE, "gpu2-a": LARGE, "gpu2-b": LARGE, "gp
 RACKS = {"gpu1": "a1", "gpu2": "a1", "gpu3": "a2", "cpu1": "b1"}
 TEAMS = {"search": 5, "support": 3, "night-batch": 2, "ada": 1}
 """Keys, and how much of the work is theirs."""
+LIMITS = {
+    "search": Limits(requests_per_minute=600, tokens_per_minute=300_000, concurrent_requests=32),
+    "support": Limits(requests_per_minute=300, tokens_per_day=400_000),
+    "night-batch": Limits(tokens_per_day=500_000, tokens_per_month=4_000_000),
+}
+OWNERS = {
+    "search": "Search team",
+    "support": "Support",
+    "night-batch": "Data platform",
+    "ada": "Ada",
+    "operator": "Ops",
+}
 SYSTEM = "You are the assistant of a team that runs its own machines. " * 6
 QUESTION = "What is a slot?"
 
@@ -91,9 +106,12 @@ def _fleet(folder: Path, start: Callable[..., Program]) -> tuple[Fleet, dict[str
             for name, node in nodes.items()
         )
     )
-    keys = {team: create_key(state, team) for team in TEAMS}
-    admin = create_key(state, "operator", "--admin")
-    _past(state)
+    keys = {name: f"{PREFIX}{name}-of-the-scene-0123456789" for name in OWNERS}
+    store = Store(Database(state))
+    for name, secret in keys.items():
+        store.add_key(_key(name, secret))
+    store.add_usage(_past())
+    store.close()
     log = folder / "requests.jsonl"
     gate = start(
         "llmgate", "--nodes-file", str(listing), "--state-dir", str(state), "--fleet-token-file", str(token),
@@ -101,23 +119,36 @@ def _fleet(folder: Path, start: Callable[..., Program]) -> tuple[Fleet, dict[str
     )  # fmt: skip
     for node in nodes.values():
         node.ready()
-    fleet = Fleet(gate.ready(), nodes, keys["ada"], admin, log)
+    fleet = Fleet(gate.ready(), nodes, keys["ada"], keys["operator"], log)
     fleet.usable(len(nodes))
     return fleet, keys
 
 
-def _past(state: Path) -> None:
-    """A week of requests in the ledger, more by day than at the weekend."""
-    dice, now, rows = random.Random(8), time.time(), []
+def _key(name: str, secret: str) -> Key:
+    return Key(
+        name,
+        digest(secret),
+        admin=name == "operator",
+        models=("chat-large", "code-large") if name == "ada" else (),
+        created=time.time(),
+        priority=Priority.LOW if name == "night-batch" else Priority.NORMAL,
+        owner=OWNERS[name],
+        expires=time.time() + 90 * 86400 if name == "ada" else None,
+        limits=LIMITS.get(name, NO_LIMITS),
+    )
+
+
+def _past() -> list[dict[str, Any]]:
+    """A week of requests, fewer at the weekend."""
+    dice, now = random.Random(8), time.time()
+    rows: list[dict[str, Any]] = []
     for day in range(1, 8):
         at = now - day * 86400
         busy = 0.35 if time.gmtime(at).tm_wday >= 5 else 1.0
         for team, share in TEAMS.items():
             for _ in range(int(22 * share * busy * dice.uniform(0.7, 1.2))):
                 rows.append(_row(at - dice.uniform(0, 20000), team, dice))
-    store = Store(Database(state))
-    store.add_usage(rows)
-    store.close()
+    return rows
 
 
 def _row(at: float, team: str, dice: random.Random) -> dict[str, Any]:
@@ -166,7 +197,7 @@ def _asked(fleet: Fleet, body: dict[str, Any], key: str) -> str:
     try:
         with httpx.stream(
             "POST", fleet.gate.url + "/v1/chat/completions", json=body, timeout=60,
-            headers={"authorization": f"Bearer {key}", "x-llmrack-priority": "normal"},
+            headers={"authorization": f"Bearer {key}"},
         ) as answer:  # fmt: skip
             return answer.read().decode(errors="replace")[:40]
     except httpx.HTTPError:

@@ -22,7 +22,7 @@ def test_requests_appear_as_they_end_and_one_shows_its_way(quiet: Fleet, open_co
     expect(rows).to_have_count(before + 2)
     expect(rows.first).to_contain_text("200")
     expect(rows.first).to_contain_text("client")
-    expect(rows.nth(1)).to_contain_text("404 model_not_found")
+    expect(rows.nth(1)).to_contain_text("404model_not_found")
     rows.first.get_by_role("button").click()
     way = rows.first.locator(".waterfall")
     expect(way.locator(".step")).to_have_count(4)
