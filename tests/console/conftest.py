@@ -135,7 +135,7 @@ def dialog(console: Console, title: str) -> Iterator[Locator]:
     box = console.page.get_by_role("dialog", name=title)
     expect(box).to_be_visible()
     yield box
-    expect(box).to_have_count(0)
+    expect(console.page.locator("dialog", has_text=title)).to_have_count(0)
 
 
 def playground(open_console: Open, fleet: Fleet, **fields: str) -> Console:

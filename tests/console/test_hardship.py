@@ -1,4 +1,4 @@
-"""What goes wrong while somebody looks: a node is killed in the middle of an answer, the gate goes and comes back."""
+"""A gate that nobody has used; and what goes wrong: a node is killed in the middle of answers, a gate goes away."""
 
 from __future__ import annotations
 
@@ -16,6 +16,13 @@ from tests.processes import wait_for
 from tests.system.fleet import Fleet
 
 GONE = "ERR_CONNECTION_REFUSED", "ERR_INCOMPLETE_CHUNKED_ENCODING", "ERR_CONNECTION_RESET", "ERR_EMPTY_RESPONSE"
+
+
+def test_a_gate_that_was_never_used_has_pages_that_say_so(frail: Fleet, open_console: Open) -> None:
+    console = open_console(frail, key=frail.admin, page="requests")
+    expect(console.page.get_by_text("No requests yet")).to_be_visible()
+    console.page.get_by_role("link", name="Usage").click()
+    expect(console.page.get_by_text("Nothing was used yet")).to_be_visible()
 
 
 def heard(fleet: Fleet, begun: threading.Event, **headers: str) -> list[str]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gzip
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -18,14 +19,16 @@ FILES = sorted(path.name for path in WEB.iterdir())
 SCRIPTS = [name for name in FILES if name.endswith(".js")]
 
 
-def get(fleet: Fleet, path: str, **headers: str) -> httpx.Response:
-    return httpx.get(fleet.gate.url + path, headers=headers, timeout=60)
+@pytest.fixture(scope="module")
+def client(quiet: Fleet) -> Iterator[httpx.Client]:
+    with httpx.Client(base_url=quiet.gate.url, timeout=60) as client:
+        yield client
 
 
-def test_every_file_comes_whole_and_under_the_strict_policy(quiet: Fleet) -> None:
+def test_every_file_comes_whole_and_under_the_strict_policy(client: httpx.Client) -> None:
     for path, name in [("/", "index.html"), *((f"/console/{name}", name) for name in FILES)]:
         for encoding in ("gzip", "identity"):
-            answer = get(quiet, path, **{"accept-encoding": encoding})
+            answer = client.get(path, headers={"accept-encoding": encoding})
             assert answer.status_code == 200 and answer.content == (WEB / name).read_bytes()
             assert answer.headers.get("content-encoding", "identity") == encoding
             policy = answer.headers["content-security-policy"]
@@ -33,17 +36,17 @@ def test_every_file_comes_whole_and_under_the_strict_policy(quiet: Fleet) -> Non
             assert "unsafe" not in policy and "frame-ancestors 'none'" in policy
             assert answer.headers["x-content-type-options"] == "nosniff"
             assert answer.headers["cache-control"] == "private, no-cache"
-        again = get(quiet, path, **{"if-none-match": answer.headers["etag"]})
+        again = client.get(path, headers={"if-none-match": answer.headers["etag"]})
         assert again.status_code == 304 and again.content == b"" and again.headers["etag"] == answer.headers["etag"]
-        assert httpx.head(quiet.gate.url + path, timeout=60).status_code == 200
-    packed = httpx.stream("GET", quiet.gate.url + "/console/main.js", headers={"accept-encoding": "gzip"}, timeout=60)
+        assert client.head(path).status_code == 200
+    packed = client.stream("GET", "/console/main.js", headers={"accept-encoding": "gzip"})
     with packed as answer:
         assert gzip.decompress(b"".join(answer.iter_raw())) == (WEB / "main.js").read_bytes()
 
 
 @pytest.mark.parametrize("name", ["../app.py", "..%2fapp.py", "%2e%2e/__init__.py", "nothing.js", "index.html%00", ""])
-def test_nothing_else_is_served(quiet: Fleet, name: str) -> None:
-    assert get(quiet, f"/console/{name}").status_code == 404
+def test_nothing_else_is_served(client: httpx.Client, name: str) -> None:
+    assert client.get(f"/console/{name}").status_code == 404
 
 
 def test_nothing_comes_from_elsewhere_and_nobody_writes_html() -> None:

@@ -11,7 +11,6 @@ from playwright.sync_api import expect
 
 from tests.console.conftest import DESK, PHONE, Console, Open
 from tests.console.scene import QUESTION, Scene, scene
-from tests.system.fleet import Fleet
 
 FOLDER = Path(__file__).parents[2] / "out" / "screenshots"
 FEW = ("gpu1-a", "gpu2-a", "gpu3", "cpu1")
@@ -80,11 +79,3 @@ def test_every_page_is_worth_looking_at(busy: Scene, open_console: Open, look: s
         assert console.width() <= 0, f"{name} is {console.width()} pixels too wide"
         console.page.evaluate("scrollTo(0, 0)")
         console.page.screenshot(path=FOLDER / f"{name}-{look}.png", full_page=name in ("fleet", "usage"))
-
-
-def test_a_gate_that_was_never_used_has_pages_that_say_so(frail: Fleet, open_console: Open) -> None:
-    console = open_console(frail, key=frail.admin, page="requests")
-    expect(console.page.get_by_text("No requests yet")).to_be_visible()
-    console.page.get_by_role("link", name="Usage").click()
-    expect(console.page.get_by_text("Nothing was used yet")).to_be_visible()
-    console.page.screenshot(path=FOLDER / "empty-light.png")
