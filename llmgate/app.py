@@ -190,7 +190,7 @@ class Gate:
         loop = asyncio.get_running_loop()
         loop.add_reader(self._line.fileno(), self._hear)
         loop.add_signal_handler(signal.SIGTERM, self._leave)
-        await self._ledger.open(self._settings.gates)
+        await self._ledger.open()
         require_one_truth(self._settings, limited=self._ledger.keyring.limited)
         chores: list[asyncio.Task[None]] = []
         try:

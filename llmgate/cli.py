@@ -33,14 +33,14 @@ from typing import Any
 from llmgate import settings as configuration
 from llmgate import supervisor
 from llmgate.commands import keys, usage
-from llmgate.commands.place import BAD, NO, NO_STORE, OK, PORT_IN_USE, add_place, become_owner, database, load, say
+from llmgate.commands.place import BAD, NO, NO_STORE, OK, PORT_IN_USE, add_place, database, load, open_store, say
 from llmgate.core import body as bodies
 from llmgate.core.explanation import as_text, columns, explain
 from llmgate.core.fleet import Fleet, Listed, Lost, Node, Reported
 from llmgate.core.keys import Keyring
 from llmgate.core.policy import USES, Ask
 from llmgate.core.prompt import Prompt
-from llmgate.database import Database, StoreError
+from llmgate.database import StoreError
 from llmgate.line import Line, News, Post
 from llmgate.listener import PortInUse, adopted
 from llmgate.listing import Address, Listing
@@ -204,23 +204,12 @@ def _check(options: argparse.Namespace) -> int:
     _require_writable(folder)
     where = configuration.database(settings)
     if where.shared or (settings.gates > 1 and where.path.exists()):
-        _check_database(where, settings)
+        with closing(open_store(options)) as store:
+            configuration.require_one_truth(settings, limited=Keyring(store.all_keys()).limited)
     count = len(nodes.addresses)
     shared = f", database {where}" if where.shared else ""
     print(f"settings are good: {count} nodes, fleet token {'set' if token else 'not set'}, state in {folder}{shared}")
     return OK
-
-
-def _check_database(where: Database, settings: Settings) -> None:
-    """Raises StoreError, SettingError."""
-    from llmgate.ledger import require_one_truth
-    from llmgate.store import Store
-
-    become_owner(where.folder)
-    with closing(Store(where)) as store:
-        held = store.all_keys()
-    require_one_truth(where, settings.gates, held)
-    configuration.require_one_truth(settings, limited=Keyring(held).limited)
 
 
 def _settings(options: argparse.Namespace) -> int:

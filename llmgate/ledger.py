@@ -8,31 +8,19 @@ looked for about twice a second.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from llmgate.core.fleet import Lease
 from llmgate.core.keys import Key, Keyring
-from llmgate.core.limits import NO_LIMITS
 from llmgate.core.usage import Question, Selection
 from llmgate.database import Database, StoreError
 from llmgate.store import Contents, Store
 from llmgate.usage import UsageWriter
-from llmnode.service.settings import SettingError
 
 T = TypeVar("T")
 _READERS = 2
-
-
-def require_one_truth(where: Database, gates: int, keys: Iterable[Key]) -> None:
-    """Raise SettingError where each of several gates would count for itself what a key may use altogether."""
-    limited = next((key for key in keys if key.revoked is None and key.limits != NO_LIMITS), None)
-    if gates > 1 and limited and not where.shared:
-        raise SettingError(
-            f"the key {limited.name} has limits, and each of {gates} gates would hold it to them alone with {where}: "
-            "let all use one PostgreSQL database (database_url_file), or take the limits away"
-        )
 
 
 class Ledger:
@@ -60,15 +48,12 @@ class Ledger:
         self._store: Store | None = None
         self._version = -1
 
-    async def open(self, gates: int = 1) -> None:
-        """`gates`: how many share the keys. Raises StoreError, SettingError."""
+    async def open(self) -> None:
+        """Raises StoreError."""
         self._store = await self._run(lambda: Store(self._where))
-        contents = await self._run(self._changed)
-        assert contents is not None, "what was never read has changed"
-        require_one_truth(self._where, gates, contents.keys)
-        self._take(contents)
         if self._usage:
             self._usage.start(self._store)
+        await self.refresh()
 
     async def close(self) -> None:
         if self._store:

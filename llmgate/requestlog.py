@@ -72,8 +72,9 @@ class RequestLog:
         closing = False
         while not closing:
             self._filled.wait()
-            closing = self._closing.wait(GATHER_S)
+            self._closing.wait(GATHER_S)
             self._filled.clear()  # before the lines are taken: one that comes after them wakes the thread again
+            closing = self._closing.is_set()  # after it: a close() just before would not wake the thread again
             lines = [self._lines.popleft() for _ in range(len(self._lines))]
             if lines:
                 self._append(lines)

@@ -338,14 +338,17 @@ class Store:
 
         With `check` it is not done.
         """
-        with copy._reading() as source, self._writing(KEYS, LEASES) as db:
+        count = select(func.count()).select_from(USAGE)
+        with copy._reading() as source, self._writing(KEYS, LEASES, USAGE) as db:
             changed = (_keys(db), _leases(db)) != (_keys(source), _leases(source))
             for table in (KEYS, LEASES):
                 db.execute(delete(table))
                 for rows in _parts(source, table):
                     db.execute(insert(table), _unnumbered(rows))
-            added = sum(db.execute(self._once(), _unnumbered(rows)).rowcount for rows in _parts(source, USAGE))
-            changed |= added > 0
+            before = db.execute(count).scalar_one()
+            for rows in _parts(source, USAGE):
+                db.execute(self._once(), _unnumbered(rows))
+            changed |= db.execute(count).scalar_one() > before  # of many rows at once, no driver says how many it took
             if check or not changed:
                 db.rollback()
             return changed

@@ -96,8 +96,9 @@ class UsageWriter:
         closing, swept = False, 0.0
         while not closing:
             if self._filled.wait(_SWEEP_S):
-                closing = self._closing.wait(GATHER_S)
+                self._closing.wait(GATHER_S)
                 self._filled.clear()  # before the lines are taken: one that comes after them wakes the thread again
+                closing = self._closing.is_set()  # after it: a close() just before would not wake the thread again
                 self._write(store)
             if self._keep_s and not closing and abs(self._wall() - swept) >= _SWEEP_S:
                 swept = self._wall() if self._sweep(store) else swept

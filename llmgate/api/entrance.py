@@ -89,7 +89,8 @@ def install(app: Sanic[Any, Any], *, origins: Collection[str], admin_apart: bool
 
     async def share(request: Request, answer: BaseHTTPResponse) -> None:
         if "*" not in origins or is_admin(request):
-            answer.headers["vary"] = "origin"
+            known = answer.headers.get("vary")
+            answer.headers["vary"] = f"{known}, origin" if known else "origin"
         if origin := _allowed(request, origins):
             answer.headers["access-control-allow-origin"] = origin
             answer.headers["access-control-expose-headers"] = _EXPOSED

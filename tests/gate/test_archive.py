@@ -2,18 +2,24 @@
 
 from __future__ import annotations
 
+import itertools
 import sqlite3
 import threading
 from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmgate import archive
+from llmgate.core import usage
 from llmgate.core.fleet import Lease
 from llmgate.core.keys import Key
+from llmgate.core.limits import Limits
+from llmgate.core.record import Record
 from llmgate.database import FILE, Database
 from llmgate.store import SCHEMA_VERSION, Store
+from tests.databases import Postgres
 from tests.gate.conftest import GateUnderTest
 from tests.gate.mock_node import MockNode
 from tests.processes import wait_for
@@ -164,3 +170,88 @@ def test_leases_are_copied_too(tmp_path: Path) -> None:
     store = Store(Database(target))
     assert [lease.node for lease in store.leases()] == ["node"]
     store.close()
+
+
+def row(number: int) -> dict[str, Any]:
+    record = Record(f"r{number}", "/v1/completions", arrived=1.0, key="one", model="tiny")
+    return usage.row(record.line(2.0, 0.0), 100.0 + number, "gate")
+
+
+def stocked(database: Database, *names: str, rows: int = 0) -> Store:
+    """A store with these keys, a lease, and the first rows of usage."""
+    store = Store(database)
+    for name in names:
+        store.add_key(
+            Key(name, f"digest of {name}", False, ("tiny",), 1.0, limits=Limits(tokens_per_day=5), owner="me")
+        )
+    store.take_lease(lambda _: Lease("node", "operator", "new fans", 1.0, None))
+    store.add_usage([row(number) for number in range(rows)])
+    return store
+
+
+def requests(store: Store) -> list[str]:
+    return [one["request_id"] for one in store.requests(usage.Selection())][::-1]
+
+
+@pytest.mark.parametrize("other", ["sqlite", "postgresql"])
+def test_a_copy_of_either_database_can_be_put_into_either(
+    database: Database, other: str, postgres: Postgres, tmp_path: Path
+) -> None:
+    """So a gate moves from its file to a server, and back."""
+    target = Database(tmp_path / "target", postgres.fresh() if other == "postgresql" else "")
+    with closing(stocked(database, "one", "two", rows=3)) as store, closing(stocked(target, "three", rows=5)) as new:
+        store.revoke_key("two", 7.0)
+        archive.backup(database, tmp_path / "copy.db")
+        assert archive.restore(tmp_path / "copy.db", target, check=True)
+        assert [key.name for key in new.all_keys()] == ["three"]
+        version = new.version()
+        assert archive.restore(tmp_path / "copy.db", target)
+        assert new.contents() == store.contents()
+        assert new.version() != version, "gates that run must notice"
+        assert requests(new) == [f"r{number}" for number in range(5)], "what was used is not taken away"
+        assert not archive.restore(tmp_path / "copy.db", target)
+        assert archive.restore(target.folder / f"{FILE}.before-restore", target)
+        assert [key.name for key in new.all_keys()] == ["three"]
+        new.add_key(Key("four", "digest of four"))
+        assert [key.name for key in new.all_keys()] == ["three", "four"]
+
+
+def test_usage_that_is_missing_comes_back_once(database: Database, tmp_path: Path) -> None:
+    with closing(stocked(database, "one", rows=4)) as store:
+        archive.backup(database, tmp_path / "copy.db")
+        store.forget_usage(102.0, 10)
+        assert requests(store) == ["r2", "r3"]
+        assert archive.restore(tmp_path / "copy.db", database)
+        assert sorted(requests(store)) == ["r0", "r1", "r2", "r3"]
+        assert not archive.restore(tmp_path / "copy.db", database)
+
+
+def test_a_copy_of_a_server_that_is_written_to_is_of_one_moment(postgres: Postgres, tmp_path: Path) -> None:
+    """Each change is a key more and its predecessor revoked, in two transactions: there are never three live ones."""
+    database, stop = Database(tmp_path / "state", postgres.fresh()), threading.Event()
+    with closing(Store(database)) as store:
+
+        def write() -> None:
+            for number in itertools.count():
+                store.add_key(Key(f"key{number}", f"digest {number}"))
+                store.add_usage([row(number)])
+                store.revoke_key(f"key{number - 1}", 1.0)
+                if stop.is_set():
+                    return
+
+        writer = threading.Thread(target=write)
+        writer.start()
+        try:
+            for _ in range(8):
+                archive.backup(database, tmp_path / "copy.db")
+                (tmp_path / "look").mkdir(exist_ok=True)
+                archive.restore(tmp_path / "copy.db", Database(tmp_path / "look"))
+                with closing(Store(Database(tmp_path / "look"))) as copy:
+                    keys = copy.all_keys()
+                    assert len([key for key in keys if key.revoked is None]) <= 2
+                    assert len(keys) - copy.usage(usage.Question(("key",), 0.0, 1e9))[1]["requests"] in (0, 1)
+        finally:
+            stop.set()
+            writer.join()
+    assert (tmp_path / "copy.db").stat().st_mode & 0o777 == 0o600
+    assert not list(tmp_path.glob(".restore-*"))

@@ -5,14 +5,18 @@ from __future__ import annotations
 import json
 import sqlite3
 import threading
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from llmgate.core.fleet import Lease
+from llmgate.core.record import Record
 from llmgate.database import Database
 from llmgate.requestlog import RequestLog
 from llmgate.store import Store
+from llmgate.usage import UsageWriter
 
 
 def lease(node: str) -> Lease:
@@ -38,6 +42,35 @@ def test_lines_of_several_workers_are_never_torn(tmp_path: Path) -> None:
         theirs = [line for line in lines if line["worker"] == name]
         assert [line["number"] for line in theirs] == list(range(200))
         assert all(line["text"] == str(name) * (line["number"] * 40) for line in theirs)
+
+
+class LateClosing(threading.Event):
+    """Is set, by close(), when the thread has just stopped waiting for it."""
+
+    def __init__(self, close: Callable[[], None]) -> None:
+        super().__init__()
+        self._close = close
+
+    def wait(self, timeout: float | None = None) -> bool:
+        threading.Thread(target=self._close).start()
+        super().wait(10)
+        return False
+
+
+@pytest.mark.parametrize("kind", ["log", "usage"])
+def test_a_close_at_an_unlucky_moment_ends_the_thread(tmp_path: Path, kind: str) -> None:
+    writer: Any
+    if kind == "log":
+        writer = RequestLog(str(tmp_path / "requests.jsonl"))
+        writer._closing = LateClosing(writer.close)
+        writer.write({"id": "r"})
+    else:
+        writer = UsageWriter("gate", lambda: 1.0, lambda outcome, rows: None)
+        writer._closing = LateClosing(writer.close)
+        writer.start(Store(Database(tmp_path)))
+        writer.note(Record("r", "/v1/completions", arrived=0.0, key="k").line(1.0, 1.0))
+    writer._thread.join(30)
+    assert not writer._thread.is_alive()
 
 
 def test_a_lease_is_decided_while_nobody_else_can_take_one(tmp_path: Path) -> None:

@@ -13,7 +13,6 @@ import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import closing
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +20,6 @@ import httpx
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
 
-from llmgate.core.limits import Limits
 from llmgate.database import FILE, Database
 from llmgate.store import Store
 from tests import previous
@@ -316,26 +314,6 @@ def test_a_gate_can_do_without_a_ledger(gate: GateUnderTest, mock: Mock) -> None
     gate.program.stop()
     with closing(Store(Database(gate.state))) as store:
         assert store.newest_request() == 0
-
-
-def test_gates_that_would_each_count_for_themselves_do_not_start(
-    gate: GateUnderTest, mock: Mock, postgres: Postgres
-) -> None:
-    gate.list_nodes(mock("a"))
-    gate.create_key("tester", "--admin")
-    check = ("check", "--nodes-file", str(gate.nodes_file), "--gates", "2")
-    assert gate.cli(*check).returncode == 0
-    with closing(Store(Database(gate.state))) as store:
-        store.change_key("tester", lambda key: replace(key, limits=Limits(tokens_per_day=1000)))
-    refused = gate.cli(*check)
-    assert refused.returncode == 2
-    assert refused.stderr.startswith(
-        "llmgate: the key tester has limits, and each of 2 gates would hold it to them alone"
-    )
-    started = gate.cli("serve", "--nodes-file", str(gate.nodes_file), "--gates", "2", "--port", "1")
-    assert (started.returncode, started.stderr) == (2, refused.stderr)
-    gate.keep_in(postgres.fresh())
-    assert gate.cli(*check).returncode == 0
 
 
 @pytest.mark.parametrize(

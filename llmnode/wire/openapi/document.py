@@ -75,7 +75,7 @@ OPERATIONS: tuple[Operation, ...] = (
     Operation("get", "/v1/models", "models", _MODELS, "The models that the key may use"),
     Operation("get", "/models", "native_models", _MODELS, "The same list"),
     Operation("get", "/v1/models/{name}", "model", _MODELS, "One of them"),
-    Operation("get", "/v1/key", "key", _STATE, "What the key is that is shown", at=GATE),
+    Operation("get", "/v1/key", "own_key", _STATE, "The key that is shown, and what it may do", at=GATE),
     Operation("get", "/health", "health", _STATE, "Whether the process can do its work", open=_BOTH),
     Operation("get", "/ready", "ready", _STATE, "Whether it takes work", open=_BOTH),
     Operation("get", "/metrics", "metrics", _STATE, "Prometheus's text format", open=_BOTH, answer="text/plain"),

@@ -73,63 +73,56 @@ _USAGE = _answer(
     },
 )
 
-_LIMITS: dict[str, Schema] = {
-    "requests_per_minute": whole("Requests in any minute", 1),
-    "tokens_per_minute": whole("Tokens in any minute", 1),
-    "concurrent_requests": whole("Requests at a time", 1),
-    "tokens_per_day": whole("Tokens of a day, from midnight UTC on", 1),
-    "tokens_per_month": whole("Tokens of a month", 1),
+_LIMITS = thing(
+    "What it may use; null: as much as it likes",
+    {
+        name: {**whole(f"At most so many {words}", 1), "type": ["integer", "null"]}
+        for name, words in (
+            ("requests_per_minute", "requests in a minute"),
+            ("tokens_per_minute", "tokens in a minute"),
+            ("concurrent_requests", "requests at the same time"),
+            ("tokens_per_day", "tokens in a day"),
+            ("tokens_per_month", "tokens in a month"),
+        )
+    },
+)
+_KEY_SEEN: dict[str, Schema] = {
+    "name": text("What it is called"),
+    "owner": text("Who answers for it"),
+    "admin": flag("Whether it may do what is in this chapter"),
+    "role": text("The same in a word", enum=["user", "admin"]),
+    "models": some("Which models it may use; none named: all", text("A model's id, or an alias")),
+    "priority": text("Who goes first when requests wait", enum=["high", "normal", "low"]),
+    "created": text("When it was made, ISO 8601"),
+    "expires": {**text("When it ends by itself"), "type": ["string", "null"]},
+    "revoked": {**text("When it was ended"), "type": ["string", "null"]},
+    "limits": _LIMITS,
+    "use": {**thing("What counts against its limits now"), "type": ["object", "null"]},
 }
 _GRANT: dict[str, Schema] = {
     "owner": text("Who answers for it", maxLength=200),
-    "role": text("What it is for", enum=["user", "admin"]),
-    "models": some("What it may use; none for all", text("A model", minLength=1, maxLength=200), most=1000),
-    "priority": text("Who goes first when requests wait", enum=["high", "normal", "low"]),
-    "expires_at": text("When it ends, ISO 8601; null for never"),
-    "ttl_seconds": number("When it ends, from now on; null for never", 0, above=True),
-    "limits": thing("What it may use of the fleet; null for no limit", _LIMITS),
+    "role": _KEY_SEEN["role"],
+    "models": _KEY_SEEN["models"],
+    "priority": _KEY_SEEN["priority"],
+    "expires_at": text("When it ends, ISO 8601"),
+    "ttl_seconds": number("The same, as seconds from now", 0, above=True),
+    "limits": _LIMITS,
 }
-_KEY_SEEN = _answer(
-    "A key, without its secret",
-    {
-        "name": text("Whose it is"),
-        "owner": text("Who answers for it"),
-        "admin": flag("Whether it may use /admin"),
-        "role": text("The same in a word"),
-        "models": some("What it may use; none for all", text("A model")),
-        "priority": text("Who goes first when requests wait"),
-        "created": text("ISO 8601"),
-        "expires": text("ISO 8601"),
-        "revoked": text("ISO 8601"),
-        "limits": thing("What it may use of the fleet; null for no limit"),
-        "use": thing("What it has used of each limit"),
-    },
-    or_null=("expires", "revoked", "use"),
+_FORCE = (("force", text("Even if nobody is an admin then", enum=["true", "false"])),)
+_EXPLAIN = thing(
+    "A request that is not sent",
+    {"path": text("Where it would go; /v1/chat/completions if left out"), "body": thing("What would be sent there")},
+    required=("body",),
 )
 _FLEET = _answer(
-    "The whole fleet",
+    "The fleet as this worker sees it",
     {
-        "now": number("When this was said, in seconds since 1970", 0),
-        "gate": thing("Host, release, workers and the policy of each model"),
-        "nodes": some("All of them", _NODE_SEEN),
-        "history": thing("By node, the last 15 minutes: times, and of each requests, KV cells in use, tokens/s"),
-        "queue": thing("By model, requests that wait at the gate"),
+        "now": number("Unix time"),
+        "gate": thing("Host, release, workers, and the routing policy of each model"),
+        "nodes": some("As in /admin/nodes, with labels and weight", _NODE_SEEN),
+        "history": thing("The last 15 minutes of each node, as lists that go with the times in `at`"),
+        "queue": thing("Requests that wait for a node, by model"),
     },
-)
-_EXPLAINED = _answer(
-    "What the router would do",
-    {
-        "model": text("Which one would answer"),
-        "asked": text("Which one was asked for"),
-        "sent_as": text("What the nodes know it as"),
-        "notes": some("What else there is to say", text("A fallback, a canary")),
-        "prompt": thing("Its bytes, the blocks they are cut into, and the root of their chain"),
-        "policy": text("The one in force"),
-        "nodes": some("The figures of those that could", thing()),
-        "passed_over": some("The others, and why", thing()),
-        "policies": some("How each would rank them", thing()),
-    },
-    or_null=("model", "prompt"),
 )
 
 
@@ -144,21 +137,6 @@ OPERATIONS: tuple[Operation, ...] = (
     _gate("delete", "/nodes/{name}/drain", "undrain", "Let it have work again", also=(409,), query=(
         ("owner", text("Whose lease it is", minLength=1)), ("force", text("Whoever has it", enum=["true", "false"]))),
         returns=_answer("", {"node": text("The node"), "released": flag("Whether there was a lease")})),
-    _gate("get", "/fleet", "fleet", "The whole fleet at once", returns=_FLEET),
-    _gate("get", "/fleet/events", "fleet_events", "The same once a second, of the history what is new", answer=EVENTS),
-    _gate("post", "/explain", "explain", "What the router would do with a request, and why", thing(
-        "A request, which is sent to nobody",
-        {"path": text("Where it would go; chats unless given"), "body": thing("Its body")}, required=("body",)),
-        returns=_EXPLAINED),
-    _gate("get", "/keys", "keys", "All keys", returns=_answer("", {"keys": some("All of them", _KEY_SEEN)})),
-    _gate("post", "/keys", "make_key", "Make a key; its secret is in this answer and never again", thing(
-        "A key", {"name": text("Whose it is", minLength=1, maxLength=64), **_GRANT}, required=("name",)),
-        status=201, also=(409,), returns=_KEY_SEEN),
-    _gate("patch", "/keys/{name}", "change_key", "Change a key", thing("What is to change", _GRANT), also=(409,),
-          returns=_KEY_SEEN),
-    _gate("delete", "/keys/{name}", "revoke_key", "End a key", also=(409,),
-          query=(("force", text("The last admin key too", enum=["true", "false"])),),
-          returns=_answer("", {"name": text("Whose it was"), "revoked": flag("That it is")})),
     _gate("get", "/usage", "usage", "What was used, added up", or_else=("text/csv",), returns=_USAGE, query=(
         ("by", text("Some of key, model, node and day, with commas")),
         ("since", text("From when: a day, a time (ISO 8601), or ago, such as 30m, 12h, 7d")),
@@ -170,4 +148,16 @@ OPERATIONS: tuple[Operation, ...] = (
     _gate("get", "/requests/{name}", "request", "One request, by its id", returns=_ROW),
     _gate("get", "/requests/events", "requests_events", "Requests as they end", answer=EVENTS,
           query=(*_CHOICE, _AFTER)),
+    _gate("get", "/keys", "keys", "All keys, without their secrets",
+          returns=_answer("", {"keys": some("The oldest first", _answer("A key", _KEY_SEEN))})),
+    _gate("post", "/keys", "make_key", "Make a key; its secret is in this answer and nowhere else", thing(
+        "A key to be", {"name": text("What it is called", minLength=1, maxLength=64), **_GRANT}, required=("name",)),
+        status=201, also=(409,), returns=_answer("A key", _KEY_SEEN | {"secret": text("What its user sends")})),
+    _gate("patch", "/keys/{name}", "change_key", "Change what a key may do", thing("What is to be otherwise", _GRANT),
+          query=_FORCE, also=(409,), returns=_answer("A key", _KEY_SEEN)),
+    _gate("delete", "/keys/{name}", "revoke_key", "End a key", query=_FORCE, also=(409,),
+          returns=_answer("", {"name": text("The key"), "revoked": flag("True")})),
+    _gate("get", "/fleet", "fleet", "The whole fleet, and its last 15 minutes", returns=_FLEET),
+    _gate("get", "/fleet/events", "fleet_events", "The same, once a second", answer=EVENTS),
+    _gate("post", "/explain", "explain", "What the router would do with a request, and why", _EXPLAIN),
 )  # fmt: skip
