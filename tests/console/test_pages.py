@@ -67,14 +67,17 @@ def test_scripts_are_small_modules_that_all_others_can_find() -> None:
         assert set(re.findall(r'from "\./([^"]+)"', text)) <= set(SCRIPTS), name
 
 
-def test_a_gate_that_wants_no_keys_tells_its_page_so(start: Start, tmp_path: Path) -> None:
+def test_the_page_learns_whether_keys_are_wanted_and_the_admin_api_is_here(start: Start, tmp_path: Path) -> None:
     listing = tmp_path / "nodes.toml"
     listing.write_text('[[nodes]]\nname = "a"\nurl = "http://127.0.0.1:9"\n')
+    admin = f"127.0.0.1:{free_port()}"
     gate = start(
         "llmgate", "--nodes-file", str(listing), "--state-dir", str(tmp_path), "--require-keys", "false",
-        port=free_port(),
+        "--admin-listen", admin, port=free_port(),
     )  # fmt: skip
     answer = wait_for(lambda: gate.get("/"), "the page")
     assert '<meta name="llmrack-keys" content="none">' in answer.text
-    who = gate.get("/v1/key")
-    assert who is not None and who.json()["anonymous"] is True and who.json()["role"] == "user"
+    for url, has_admin in ((gate.url, False), (f"http://{admin}", True)):
+        who = httpx.get(url + "/v1/key", timeout=60).json()
+        assert who["anonymous"] is True and who["role"] == "user" and who["admin_api"] is has_admin
+        assert httpx.get(url + "/console/main.js", timeout=60).status_code == 200

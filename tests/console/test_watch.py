@@ -95,7 +95,7 @@ def test_what_cannot_be_explained_is_refused_by_name(quiet: Fleet, body: Any, pa
 
 def test_a_key_is_told_what_it_is(quiet: Fleet) -> None:
     admin, user = (ask(quiet, "/v1/key", key).json() for key in (quiet.admin, quiet.key))
-    assert (admin["name"], admin["role"]) == ("operator", "admin")
+    assert (admin["name"], admin["role"], admin["admin_api"]) == ("operator", "admin", True)
     assert (
         user | {} == {"name": "client", "role": "user", "models": [], "priority": "normal", "anonymous": False} | user
     )
