@@ -17,12 +17,14 @@ def test_figures_move_while_requests_run(quiet: Fleet, open_console: Open) -> No
     running = page.locator(".tile", has_text="Requests running").locator("b")
     expect(running).to_have_text("0")
     expect(page.get_by_text("Live", exact=True)).to_be_visible()
+    page.get_by_role("button", name="Drain b", exact=True).focus()
     asking = threading.Thread(target=quiet.chat, args=(LONG,), kwargs={"max_tokens": 150, "temperature": 0})
     asking.start()
     expect(running).to_have_text("1")
     expect(page.locator(".node", has_text="1 of 4")).to_have_count(1)
     asking.join()
     expect(running).to_have_text("0")
+    expect(page.get_by_role("button", name="Drain b", exact=True)).to_be_focused()
     assert quiet.admin not in page.content()
 
 
