@@ -4,9 +4,9 @@ A proxy in front that reads one byte differently from the program behind it sees
 what it took for one client's body is then the beginning of the next client's request (request smuggling). So nothing
 is guessed here: a head or a chunk that is not what the grammar says is refused, and the connection is closed.
 
-Source: RFC 9112, sections 2.2 (no bare CR or LF), 3 (the request line), 5 (field lines: no space before the colon, no
-folded lines), 6.1 (framing), 7.1 (chunks), and RFC 9110, 5.5 (values) and 5.6.2 (tokens). Pure: bytes in, a verdict
-out.
+Source: RFC 9112, sections 2.2 (no bare CR or LF), 3 (the request line; `*` is for OPTIONS), 5 (field lines: no space
+before the colon, no folded lines), 6.1 (framing), 7.1 (chunks), and RFC 9110, 5.5 (values) and 5.6.2 (tokens). Pure:
+bytes in, a verdict out.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 
 _TOKEN = rb"[!#$%&'*+.^_`|~0-9A-Za-z-]+"
 _HEAD = re.compile(
-    rb"%b [\x21-\x7e]+ HTTP/1\.[01](?:\r\n%b:[\t\x20-\x7e\x80-\xff]*)*" % (_TOKEN, _TOKEN),
+    rb"(?:OPTIONS \*|%b (?!\* )[\x21-\x7e]+) HTTP/1\.[01](?:\r\n%b:[\t\x20-\x7e\x80-\xff]*)*" % (_TOKEN, _TOKEN),
 )
 _CHUNK = re.compile(rb"\r\n[0-9A-Fa-f]{1,15}(?:[\t ]*;[\t\x20-\x7e\x80-\xff]*)?")
 _DECIMAL, _HEX = re.compile(r"[0-9]{1,15}[\t ]*"), re.compile(r"[0-9A-Fa-f]{1,15}[\t ]*")
