@@ -20,8 +20,12 @@ from tests.bench.servers import Server
 from tests.processes import free_port
 
 OURS, ONE_WORKER, NGINX, LITELLM = "llmgate", "llmgate, one worker", "nginx", "LiteLLM"
+NO_ACCOUNTS = "llmgate, no limits or ledger"
+LIMITED = "key-limits"
+"""Beside our flags: any value gives the key all five limits, far above what is asked."""
 NODES = 4
 """Addresses of the upstream, so that there is something to choose from."""
+_LIMITS = ("requests-per-minute", "tokens-per-minute", "concurrent-requests", "tokens-per-day", "tokens-per-month")
 _KEY = "sk-bench-0123456789abcdef0123456789"
 
 
@@ -57,6 +61,8 @@ def start_upstream(folder: Path, cores: frozenset[int]) -> tuple[Server, list[in
 def llmgate(folder: Path, nodes: Sequence[int], cores: frozenset[int], flags: Mapping[str, str]) -> Door:
     """Ours: keys, routing and the request log are on, as they are by default. Raises RuntimeError for a setting that
     this llmgate does not know."""
+    flags = dict(flags)
+    limits = [f"--{name}=1000000000" for name in _LIMITS] if flags.pop(LIMITED, "") else []
     unknown = [name for name in flags if name.replace("-", "_") not in Settings.__dataclass_fields__]
     if unknown:
         raise RuntimeError(f"this llmgate has no setting {unknown[0]!r}")
@@ -64,8 +70,9 @@ def llmgate(folder: Path, nodes: Sequence[int], cores: frozenset[int], flags: Ma
     own.mkdir()
     listing = "".join(f'[[nodes]]\nname = "node-{port}"\nurl = "http://127.0.0.1:{port}"\n' for port in nodes)
     (own / "nodes.toml").write_text(listing)
+    create = [sys.executable, "-m", "llmgate", "keys", "create", "bench", "--from-file", "-", *limits]
     made = subprocess.run(
-        [sys.executable, "-m", "llmgate", "keys", "create", "bench", "--from-file", "-", "--state-dir", str(own)],
+        [*create, "--state-dir", str(own)],
         input=_KEY, text=True, capture_output=True,
     )  # fmt: skip
     if made.returncode:
@@ -77,6 +84,11 @@ def llmgate(folder: Path, nodes: Sequence[int], cores: frozenset[int], flags: Ma
         *(word for name, value in flags.items() for word in (f"--{name}", value)),
     ]  # fmt: skip
     return Door(Server("llmgate", command, port, own, "/ready", cores=cores), _KEY)
+
+
+def without_accounts(folder: Path, nodes: Sequence[int], cores: frozenset[int], _: Mapping[str, str]) -> Door:
+    """Ours, that neither counts nor writes down what its one key uses."""
+    return llmgate(folder, nodes, cores, {"usage": "false"})
 
 
 def nginx(folder: Path, nodes: Sequence[int], cores: frozenset[int], _: Mapping[str, str]) -> Door:
@@ -128,5 +140,5 @@ def litellm(folder: Path, nodes: Sequence[int], cores: frozenset[int], _: Mappin
 
 
 DOORS: Mapping[str, Callable[[Path, Sequence[int], frozenset[int], Mapping[str, str]], Door]] = {
-    OURS: llmgate, ONE_WORKER: llmgate, NGINX: nginx, LITELLM: litellm,
+    OURS: llmgate, ONE_WORKER: llmgate, NO_ACCOUNTS: without_accounts, NGINX: nginx, LITELLM: litellm,
 }  # fmt: skip

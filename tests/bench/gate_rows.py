@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
-from tests.bench.doors import LITELLM, NGINX, ONE_WORKER, OURS
+from tests.bench.doors import LIMITED, LITELLM, NGINX, NO_ACCOUNTS, ONE_WORKER, OURS
 from tests.bench.figures import (
     ADDED_P50,
     ADDED_P99,
@@ -158,6 +158,12 @@ ROWS = (
     Row("workers-full", f"{_JSON}, two workers beside one", Closed(stream=False), (REQUESTS_PER_S, CPU_TIME),
         ONE_WORKER, {REQUESTS_PER_S: Bar(at_least=1.7)} if (os.cpu_count() or 1) >= MANY_CORES else {},
         {"workers": "2"}),
+    Row("ledger", f"{_JSON}, ledger on beside off", Closed(stream=False), (REQUESTS_PER_CORE, REQUESTS_PER_S),
+        NO_ACCOUNTS, {REQUESTS_PER_CORE: Bar(at_least=0.9)}),
+    Row("accounts", f"{_JSON}, limits and ledger on beside off", Closed(stream=False),
+        (REQUESTS_PER_CORE, REQUESTS_PER_S), NO_ACCOUNTS, {REQUESTS_PER_CORE: Bar(at_least=0.9)}, {LIMITED: "yes"}),
+    Row("accounts-streams", f"{_STREAMS}, limits and ledger on beside off", Closed(stream=True),
+        (STREAMS_PER_CORE, STREAMS_PER_S), NO_ACCOUNTS, {STREAMS_PER_CORE: Bar(at_least=0.9)}, {LIMITED: "yes"}),
     Row("memory", "128 open streams, beside nginx", Held(), (STREAM_KIB,), fresh=True),
     Row("memory-litellm", "128 open streams, beside LiteLLM", Held(), (STREAM_KIB,), LITELLM, fresh=True),
 )  # fmt: skip
