@@ -92,10 +92,10 @@ clean: ## remove what make made here; the cache of built wheels stays
 	rm -rf $(VENV) out build dist .mypy_cache .ruff_cache .pytest_cache .ansible
 
 # What it takes to run llmrack; `all` adds what tests, linters and playbooks need.
-$(STAMPS)/run: $(LOCKS)/node.txt $(LOCKS)/gate.txt $(LOCKS)/telemetry.txt $(LOCKS)/test.txt $(LOCKS)/llama.txt pyproject.toml $(WHEELHOUSE)
-	@PYTHON="$(PYTHON)" sh $(LOCKS)/install.sh $(VENV) node gate telemetry test
+$(STAMPS)/run: $(LOCKS)/node.txt $(LOCKS)/gate.txt $(LOCKS)/test.txt $(LOCKS)/llama.txt pyproject.toml $(WHEELHOUSE)
+	@PYTHON="$(PYTHON)" sh $(LOCKS)/install.sh $(VENV) node gate test
 	@mkdir -p $(STAMPS) && touch $@
 
 $(STAMPS)/all: $(STAMPS)/run $(LOCKS)/deploy.txt $(LOCKS)/dev.txt
-	@PYTHON="$(PYTHON)" sh $(LOCKS)/install.sh $(VENV) node gate telemetry test deploy dev
+	@PYTHON="$(PYTHON)" sh $(LOCKS)/install.sh $(VENV) node gate test deploy dev
 	@mkdir -p $(STAMPS) && touch $@

@@ -13,7 +13,7 @@ import tempfile
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-EXTRAS = ("node", "gate", "telemetry", "deploy", "test", "dev")
+EXTRAS = ("node", "gate", "deploy", "test", "dev")
 OPTIONS = [
     "--universal", "--python-version=3.10", "--generate-hashes", "--no-emit-package=llama-cpp-python",
     "--no-emit-index-url", "--no-emit-find-links", "--no-header", "--no-annotate", "--quiet",
