@@ -305,6 +305,7 @@ def release(project: Path, backend: str, python: str, out: Path, flags: list[str
         stage = Path(temporary) / "release"
         stage.mkdir()
         _say(f"collecting release {name} for Python {python}")
+        pip = _pip()
         locks = [project / "requirements" / f"{extra}.txt" for extra in ("node", "gate")]
         for lock in locks:
             shutil.copy(lock, stage / lock.name)
@@ -312,14 +313,14 @@ def release(project: Path, backend: str, python: str, out: Path, flags: list[str
             wanted.write_text(needed(lock.read_text(), python))
             _run(
                 [
-                    *_pip(), "download", "--quiet", "--require-hashes", "--no-deps", "--only-binary=:all:",
+                    *pip, "download", "--quiet", "--require-hashes", "--no-deps", "--only-binary=:all:",
                     "--python-version", python, "--implementation", "cp", *_platforms(),
                     "--dest", str(stage), "--requirement", str(wanted),
                 ],
                 f"the download of {lock.name}'s wheels",
             )  # fmt: skip
         _run(
-            [*_pip(), "wheel", "--quiet", "--no-deps", "--wheel-dir", str(stage), str(project)],
+            [*pip, "wheel", "--quiet", "--no-deps", "--wheel-dir", str(stage), str(project)],
             "the build of llmrack's own wheel",
         )
         shutil.copy(engine, stage)
@@ -437,17 +438,23 @@ def needed(lock: str, python: str) -> str:
     pip judges markers by the Python that it runs on, which is the controller's, also where it is told to download for
     another. What only some patch releases of a Python need is taken for all of them.
     """
-    entries = re.findall(r"^(?=\S)[^#].*(?:\n[ \t]+.*)*", lock, re.MULTILINE)
-    markers = [entry.split("\n")[0].rstrip("\\ ").partition(" ; ")[2] for entry in entries]
+    entries = [entry.groups("") for entry in _ENTRY.finditer(lock)]
     patches = [f"{python}.0", f"{python}.99"]
-    command = [_pip()[0], "-c", _JUDGE]
-    done = subprocess.run(command, input=json.dumps([markers, python, patches]), capture_output=True, text=True)
+    done = subprocess.run(
+        [_pip()[0], "-c", _JUDGE],
+        input=json.dumps([[marker for _, marker, _ in entries], python, patches]),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
     if done.returncode:
         raise Failed(f"the lock files' markers cannot be read: {done.stderr.strip()}")
-    kept = [entry for entry, holds in zip(entries, json.loads(done.stdout), strict=True) if holds]
-    return "\n".join(re.sub(r" ; .*?(?= ?\\?$)", "", entry, count=1, flags=re.MULTILINE) for entry in kept) + "\n"
+    holds = json.loads(done.stdout)
+    return "".join(f"{what}{rest}\n" for (what, _, rest), held in zip(entries, holds, strict=True) if held)
 
 
+_ENTRY = re.compile(r"^([^\s#].*?)(?: ; (.*?))?((?: \\)?$(?:\n[ \t]+.*)*)", re.MULTILINE)
+"""What of which version, its marker, and the lines of its hashes."""
 _JUDGE = """
 import json, sys
 from pip._vendor.packaging.markers import Marker
