@@ -45,6 +45,8 @@ def work(setup: dict[str, Any]) -> Callable[[dict[str, Any]], Any]:
                 os._exit(3)
             case "open":
                 return open(task["path"]).read()  # noqa: PTH123
+            case "mutter":
+                return os.write(2, b"x" * task["size"])
             case "environment":
                 return dict(os.environ)
             case "long":
@@ -79,6 +81,11 @@ def test_work_that_takes_too_much_ends_and_the_next_is_done(
     with pytest.raises(error, match=says):
         confined.do(task)
     assert confined.do({"op": "echo", "text": "é" * 100_000}) == "é" * 100_000
+
+
+def test_a_child_that_mutters_is_never_held_up(confined: Confined) -> None:
+    for _ in range(4):  # more than a pipe takes, together
+        assert confined.do({"op": "mutter", "size": 40_000}) == 40_000
 
 
 def test_a_child_has_nothing_of_its_parent(confined: Confined, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,6 +143,17 @@ def test_a_schema_that_takes_too_much_is_refused_by_name(foreign: Foreign, kind:
     foreign.try_grammar("json_schema", '{"type": "integer"}', "x")
     foreign.try_grammar("lark", 'start: <[1000]> "a"', "x")
     foreign.try_grammar("gbnf", 'root ::= "a"', "x")
+
+
+def test_native_code_that_gets_no_memory_is_refused_for_it() -> None:
+    setup = {"source": "", "bos": "", "eos": "", "controls": [], "grammar_bytes": 65536}
+    patient = Foreign(setup, Limits(seconds=60, memory_bytes=256 << 20))
+    try:
+        with pytest.raises(InvalidRequest, match="compiling schema took more than 256 MiB of memory"):
+            patient.try_grammar("json_schema", '{"type": "integer", "multipleOf": 999983}', "schema")
+        patient.try_grammar("json_schema", '{"type": "integer"}', "schema")
+    finally:
+        patient.close()
 
 
 FILTERS = (
